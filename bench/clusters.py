@@ -1,0 +1,67 @@
+"""Clusters that benchmarks bring up and take down: real Ray, real processes, the profiles that users have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from cluster.launch import down, up
+from cluster.profile import LoadedProfile, parse_profile
+from headrace import Client
+
+_HEAD = """
+version: 1
+name: bench-{name}
+model: {{path: smollm2-135m-instruct}}
+router: {{grpc: "127.0.0.1:0"}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchCluster:
+    """A cluster that is up."""
+
+    name: str
+    address: str
+
+    def describe(self) -> str:
+        """Where each process runs, from the workers' own reports."""
+        with Client(self.address) as client:
+            workers = client.status().workers
+        places = [
+            f"{worker.hello.worker_id} pid {worker.hello.pid} engine on cores {list(worker.hello.cpus)}"
+            for worker in workers
+        ]
+        return f"{'; '.join(places)}; everything else on the router's cores"
+
+
+def split() -> LoadedProfile:
+    """1P1D, as deploy/profiles/laptop.yaml has it."""
+    return parse_profile(
+        _HEAD.format(name="1p1d") + "prefill: {replicas: 1}\ndecode: {replicas: 1}\n", "bench"
+    )
+
+
+def colocated(chunk_tokens: int) -> LoadedProfile:
+    """One worker for both, on all cores."""
+    section = f"colocated: {{replicas: 1, chunk: {chunk_tokens}}}\n"
+    return parse_profile(_HEAD.format(name=f"colocated-{chunk_tokens}") + section, "bench")
+
+
+@contextmanager
+def running(profile: LoadedProfile, console: Console) -> Iterator[BenchCluster]:
+    """A cluster of the profile, taken down at the end whatever happens.
+
+    Raises what cluster.launch.up raises, also where another cluster is up already.
+    """
+    name = profile.profile.name
+    with console.status(f"{name}: starting …"):
+        state = up(profile)
+    try:
+        with console.status(f"{name}: measuring …"):
+            yield BenchCluster(name, state.router_address)
+    finally:
+        down()

@@ -1,0 +1,63 @@
+"""`headrace bench NAME`: hands over to the bench package, which lies above this one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Annotated, Protocol, cast
+
+import typer
+from rich.console import Console
+
+from cluster.cli.console import err, out
+from cluster.problems import nearest_name, one_of
+
+NAMES = ("isolation", "handoff", "transfer", "codecs", "engine", "router", "chaos")
+
+
+class Report(Protocol):
+    """What a benchmark gives."""
+
+    def to_json(self) -> str:
+        """One object."""
+        ...
+
+    def show(self, console: Console) -> None:
+        """For people."""
+        ...
+
+
+class Benchmark(Protocol):
+    """A module of the bench package."""
+
+    def run(self, console: Console) -> Report:
+        """Measure, telling `console` how far it is."""
+        ...
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(bench)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark. Left out: an error that lists them.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run a benchmark and print what it measured."""
+    # Looked up by name, because `bench` stands above `cluster` in the order of imports.
+    there = [each for each in NAMES if importlib.util.find_spec(f"bench.{each}")]
+    if name not in there:
+        raise typer.BadParameter(_unknown(name, there), param_hint="NAME")
+    report = cast(Benchmark, importlib.import_module(f"bench.{name}")).run(err)
+    if json:
+        out.print(report.to_json(), markup=False, soft_wrap=True)
+    else:
+        report.show(out)
+
+
+def _unknown(name: str, there: list[str]) -> str:
+    known = f"there is {one_of(there)}" if there else "this installation has none"
+    nearest = nearest_name(name, there)
+    hint = f'; did you mean "{nearest}"?' if nearest else ""
+    return f'"{name}" is not a benchmark{hint}; {known}' if name else known

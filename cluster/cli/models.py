@@ -1,0 +1,67 @@
+"""`headrace model prepare | list`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cluster.cli.console import err, out
+from cluster.model_store import ModelNotFoundError, list_models, prepare, resolve, store_root
+
+app = typer.Typer(help="Prepare models for serving, and list them.", no_args_is_help=True)
+
+
+@app.command("prepare")
+def prepare_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A GGUF file, a Hugging Face style directory, or an installed package with a GGUF."
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="What to call it. Default: made from the source.")] = "",
+    if_missing: Annotated[
+        bool, typer.Option("--if-missing", help="Do nothing where a model of this name is prepared.")
+    ] = False,
+) -> None:
+    """Turn a model into a directory that workers open, once."""
+    if if_missing and not name:
+        raise typer.BadParameter("--if-missing needs --name")
+    if if_missing and _is_prepared(name):
+        err.print(f"model {name} is prepared", markup=False)
+        return
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, fraction: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=1.0)
+            bars.update(tasks[stage], completed=fraction)
+
+        directory = prepare(source, name=name or None, progress=report)
+    out.print(f"prepared {directory.name} in {directory}", markup=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_prepared() -> None:
+    """Show the prepared models."""
+    found = list_models()
+    if not found:
+        err.print(f"no models in {store_root() / 'models'}", markup=False, soft_wrap=True)
+        return
+    table = Table("model", "context", "source", "weights", box=None)
+    for model in found:
+        table.add_row(model.name, str(model.max_context), model.source, model.weights_digest[:12])
+    out.print(table)
+
+
+def _is_prepared(name: str) -> bool:
+    try:
+        resolve(name)
+    except ModelNotFoundError:
+        return False
+    return True

@@ -1,0 +1,66 @@
+"""`headrace profile check | show | schema`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cluster.cli.console import note, out, print_json
+from cluster.explain import explain, render
+from cluster.launch import find_model
+from cluster.machine import this_machine
+from cluster.plan import ClusterPlan, ModelFacts, plan
+from cluster.problems import ProfileError
+from cluster.profile import LoadedProfile, json_schema
+from cluster.profiles import find_profile
+
+app = typer.Typer(help="Check, show and describe profiles.", no_args_is_help=True)
+
+Name = Annotated[
+    str, typer.Argument(metavar="PROFILE", help="A profile's name (see deploy/profiles) or file.")
+]
+
+
+@app.command()
+def check(
+    profile: Name,
+    anywhere: Annotated[
+        bool, typer.Option("--anywhere", help="Leave out whether this machine has what the profile wants.")
+    ] = False,
+) -> None:
+    """Report everything that is wrong with a profile, each with its place in the file."""
+    loaded = find_profile(profile)
+    if not anywhere:
+        plan_here(loaded)
+    out.print(f"{loaded.file}: good", markup=False, soft_wrap=True)
+
+
+@app.command()
+def show(profile: Name) -> None:
+    """Print the whole of a profile, and where each value came from."""
+    loaded = find_profile(profile)
+    out.print(render(explain(loaded, plan_here(loaded))), markup=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of profiles, for editors."""
+    print_json(json_schema())
+
+
+def plan_here(loaded: LoadedProfile) -> ClusterPlan:
+    """The plan for this machine; notes what the profile wants and this version does not do.
+
+    Raises ProfileError.
+    """
+    try:
+        facts = find_model(loaded).facts
+    except ProfileError as error:
+        facts = ModelFacts()
+        for problem in error.problems:
+            note(str(problem))
+    planned = plan(loaded, [this_machine()], facts)
+    for notice in planned.notices:
+        note(str(notice))
+    return planned

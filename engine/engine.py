@@ -1,0 +1,309 @@
+"""The engine: sequences in, events out, one step at a time. The only loop's body.
+
+Thread rules: `step` is called by one thread. Every other method takes `lock` and may be called by any; `step`
+holds it while it plans and while it applies, not while it computes. The worker's lease table shares the lock,
+so that a lease and its blocks change together (design §3.1). Blocks belong to a lease until `release`; the
+engine itself only takes them away to preempt.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from engine.batch import StepBatch
+from engine.events import ChunkDone, Event, PrefillDone, SequenceFailed, StepResult, TokenDrawn
+from engine.pool import BlockPool
+from engine.probe import is_invariant
+from engine.request import Drawn, SamplingParams, SequenceStatus
+from engine.request import Sequence as EngineSequence
+from engine.runner import EngineOptions, ModelRunner
+from engine.sampling import SampleFailure, SampleRow, sample
+from engine.scheduler import Scheduler, StepPlan, StepRow, choice_owner, owner_of
+
+
+@dataclass(slots=True)
+class _Lease:
+    """What the engine knows of a lease: its owners in the pool, and whether their contents can be trusted."""
+
+    num_choices: int
+    root_key: bytes
+    cached_tokens: int
+    trusted: bool = False  # computed here or verified at commit
+    children: set[int] = field(default_factory=set)
+
+
+class Engine:
+    """One model, one cache, one scheduler. Open it with `Engine.open`."""
+
+    def __init__(
+        self, runner: ModelRunner, options: EngineOptions, invariant: bool, clock: Callable[[], float]
+    ) -> None:
+        self._clock = clock
+        self.lock = threading.RLock()
+        self.runner = runner
+        self.config = runner.config
+        self.layout = runner.layout
+        self.cache = runner.cache
+        self.pool: BlockPool = runner.pool
+        self.max_context = runner.max_context
+        self.max_sequences = options.max_sequences
+        self.invariant = invariant
+        self.scheduler = Scheduler(self.pool, options.chunk_tokens, options.max_sequences)
+        self._leases: dict[bytes, _Lease] = {}
+        self._in_flight: set[bytes] = set()
+        self._deferred: set[bytes] = set()
+        self._sequence_ids = count()
+
+    @classmethod
+    def open(
+        cls, model_dir: Path, options: EngineOptions, clock: Callable[[], float] = time.monotonic
+    ) -> Engine:
+        """Load the model, run it once (which warms it up) and probe the numeric contract (design §3.7).
+
+        Raises EngineError, ModelConfigError or WeightsError, each naming the file and what is supported.
+        """
+        runner = ModelRunner(model_dir, options)
+        return cls(runner, options, is_invariant(runner), clock)
+
+    @property
+    def arithmetic(self) -> str:
+        """What two workers must share for equal bits: precision, kernels, instruction set."""
+        return self.runner.arithmetic
+
+    # --- leases --------------------------------------------------------------------------------
+
+    def reserve(
+        self, lease_id: bytes, prompt: Sequence[int], num_choices: int, root_key: bytes
+    ) -> int | None:
+        """Open a lease on the cached prefix of `prompt` and on blocks for the rest of it and one token more.
+
+        Returns the prompt tokens found cached (whole blocks, never the last token), or None where there is
+        no room now: running answers keep a block each to grow into.
+        """
+        with self.lock:
+            if sum(lease.num_choices for lease in self._leases.values()) + num_choices > self.max_sequences:
+                return None
+            keys = self.scheduler.prefix_keys(root_key, prompt)
+            spare = self.scheduler.num_running + num_choices - 1
+            num_hit = self.pool.open(lease_id, keys, self.pool.blocks_for(len(prompt) + 1), spare)
+            if num_hit is None:
+                return None
+            cached_tokens = num_hit * self.pool.block_tokens
+            self._leases[lease_id] = _Lease(num_choices, root_key, cached_tokens)
+            return cached_tokens
+
+    def submit(
+        self, lease_id: bytes, prompt: Sequence[int], sampling: SamplingParams, *, prefill_only: bool
+    ) -> EngineSequence:
+        """Compute the prompt of a reserved lease, and go on to the answer unless `prefill_only`."""
+        with self.lock:
+            lease = self._leases[lease_id]
+            lease.trusted = True
+            sequence = self._sequence(lease_id, 0, prompt, sampling)
+            sequence.num_computed = lease.cached_tokens
+            sequence.prefill_only = prefill_only
+            self.scheduler.add(sequence)
+            return sequence
+
+    def adopt(
+        self, lease_id: bytes, prompt: Sequence[int], sampling: SamplingParams, first: Sequence[Drawn]
+    ) -> list[EngineSequence]:
+        """Go on with a prompt whose KV was written into the lease's blocks; `first[i]` is choice i's first token.
+
+        Emits nothing for the first tokens. Returns the sequences that compute on (those not finished by it).
+        """
+        with self.lock:
+            self._leases[lease_id].trusted = True
+            self.cache.fence()
+            parent = self._sequence(lease_id, 0, prompt, sampling)
+            parent.num_computed = len(prompt)
+            self.scheduler.seal(parent)
+            return self._begin_answers(parent, first)
+
+    def stop(self, lease_id: bytes) -> None:
+        """Compute nothing more for a lease; its blocks stay until `release`."""
+        with self.lock:
+            for sequence in self.scheduler.find(lease_id):
+                self.scheduler.remove(sequence, SequenceStatus.FINISHED)
+
+    def finish_choice(self, lease_id: bytes, choice: int) -> None:
+        """Compute nothing more for one choice (a stop string ended it)."""
+        with self.lock:
+            for sequence in self.scheduler.find(lease_id):
+                if sequence.choice == choice:
+                    self.scheduler.remove(sequence, SequenceStatus.FINISHED)
+
+    def release(self, lease_id: bytes) -> None:
+        """Give a lease's blocks back; what was keyed stays cached. Idempotent.
+
+        Where a step computes for the lease, the blocks come back when that step is applied.
+        """
+        with self.lock:
+            if lease_id not in self._leases:
+                return
+            self.stop(lease_id)
+            if lease_id in self._in_flight:
+                self._deferred.add(lease_id)
+                return
+            lease = self._leases.pop(lease_id)
+            for choice in (0, *lease.children):
+                owner = choice_owner(lease_id, choice)
+                if not self.pool.owns(owner):
+                    continue
+                freed = self.pool.close(owner, forget=not lease.trusted)
+                if not lease.trusted:
+                    self.cache.scrub(freed)
+
+    def has_work(self) -> bool:
+        """Whether a step might compute something."""
+        with self.lock:
+            return bool(self.scheduler.sequences)
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that hold blocks."""
+        with self.lock:
+            return len(self._leases)
+
+    # --- the step ------------------------------------------------------------------------------
+
+    def step(self) -> StepResult:
+        """Plan, compute and apply one step. Without anything to compute, returns at once with no events."""
+        began = self._clock()
+        with self.lock:
+            plan = self.scheduler.schedule()
+            if not plan.rows:
+                return StepResult()
+            batch = self.runner.build(plan)
+            self._in_flight = {row.sequence.lease_id for row in plan.rows}
+        try:
+            drawn = self._draw(batch)
+            with self.lock:
+                events = self._apply(plan, drawn)
+        finally:
+            with self.lock:
+                self._in_flight = set()
+                deferred, self._deferred = self._deferred, set()
+                for lease_id in deferred:
+                    self.release(lease_id)
+        return StepResult(
+            events=tuple(events),
+            num_prefill_tokens=plan.num_prefill_tokens,
+            num_decode_rows=plan.num_decode_rows,
+            step_s=self._clock() - began,
+        )
+
+    def _draw(self, batch: StepBatch) -> dict[int, list[Drawn | SampleFailure]]:
+        """Run the model and draw: by sequence id, one token, or for a prompt's end one per choice."""
+        logits = self.runner.forward(batch)
+        rows: list[SampleRow] = []
+        sources: list[int] = []
+        for index, row in enumerate(batch.drawing):
+            for choice in self._choices(row.sequence):
+                rows.append(self._sample_row(row.sequence, choice))
+                sources.append(index)
+        if len(sources) > len(batch.drawing):
+            logits = logits[sources]
+        drawn: dict[int, list[Drawn | SampleFailure]] = {}
+        for source, result in zip(sources, sample(logits, rows), strict=True):
+            drawn.setdefault(batch.drawing[source].sequence.sequence_id, []).append(result)
+        return drawn
+
+    def _choices(self, sequence: EngineSequence) -> Iterable[int]:
+        first_token = sequence.choice == 0 and sequence.num_generated == 0
+        return range(sequence.sampling.n) if first_token else (sequence.choice,)
+
+    def _sample_row(self, sequence: EngineSequence, choice: int) -> SampleRow:
+        left = self.max_context - sequence.num_tokens
+        return SampleRow(
+            params=sequence.sampling,
+            tokens=sequence.tokens,
+            num_prompt=sequence.num_prompt,
+            choice=choice,
+            max_tokens_left=left,
+        )
+
+    def _apply(self, plan: StepPlan, drawn: dict[int, list[Drawn | SampleFailure]]) -> list[Event]:
+        events: list[Event] = []
+        for row in plan.rows:
+            if row.sequence.status is not SequenceStatus.RUNNING:
+                continue  # stopped while the step computed
+            self.scheduler.computed(row)
+            if row.sequence.prefill_only:
+                events.append(ChunkDone(row.sequence.lease_id, row.sequence.num_computed))
+            if row.draws:
+                self._apply_draw(row, drawn[row.sequence.sequence_id], events)
+        return events
+
+    def _apply_draw(self, row: StepRow, results: list[Drawn | SampleFailure], events: list[Event]) -> None:
+        sequence = row.sequence
+        tokens = [result for result in results if isinstance(result, Drawn)]
+        failure = next((result for result in results if isinstance(result, SampleFailure)), None)
+        if failure is not None:
+            self._leases[sequence.lease_id].trusted = False
+            self.scheduler.remove(sequence, SequenceStatus.FINISHED)
+            choice = None if len(results) > 1 or sequence.prefill_only else sequence.choice
+            events.append(SequenceFailed(sequence.lease_id, choice, failure.cause, failure.message))
+        elif sequence.prefill_only:
+            self.scheduler.remove(sequence, SequenceStatus.HELD)
+            events.append(PrefillDone(sequence.lease_id, tuple(tokens)))
+        elif sequence.num_generated == 0 and sequence.choice == 0:
+            self.scheduler.remove(sequence, SequenceStatus.FINISHED)
+            self._begin_answers(sequence, tokens)
+            events.extend(
+                TokenDrawn(sequence.lease_id, choice, 0, token) for choice, token in enumerate(tokens)
+            )
+        else:
+            sequence.tokens.append(tokens[0].token_id)
+            events.append(
+                TokenDrawn(sequence.lease_id, sequence.choice, sequence.num_generated - 1, tokens[0])
+            )
+            if tokens[0].finish is not None:
+                self.scheduler.remove(sequence, SequenceStatus.FINISHED)
+
+    # --- choices -------------------------------------------------------------------------------
+
+    def _begin_answers(self, parent: EngineSequence, first: Sequence[Drawn]) -> list[EngineSequence]:
+        """Start every choice that its first token did not end, each on blocks of its own."""
+        prompt = list(parent.tokens)
+        going = []
+        for choice, token in enumerate(first):
+            if token.finish is not None:
+                continue
+            sequence = parent
+            if choice > 0:
+                sequence = self._sequence(parent.lease_id, choice, prompt, parent.sampling)
+                self._fork(parent, sequence)
+            sequence.tokens.append(token.token_id)
+            self.scheduler.add(sequence)
+            going.append(sequence)
+        return going
+
+    def _fork(self, parent: EngineSequence, child: EngineSequence) -> None:
+        source, owner = owner_of(parent), owner_of(child)
+        self._leases[child.lease_id].children.add(child.choice)
+        shared = self.pool.fork(source, owner, parent.num_computed)
+        if shared is None:
+            child.status = SequenceStatus.PREEMPTED
+            return
+        first, last = shared
+        self.cache.copy_blocks(self.pool.blocks(source)[first:last], self.pool.blocks(owner)[first:last])
+        child.num_computed = parent.num_computed
+
+    def _sequence(
+        self, lease_id: bytes, choice: int, prompt: Sequence[int], sampling: SamplingParams
+    ) -> EngineSequence:
+        return EngineSequence(
+            sequence_id=next(self._sequence_ids),
+            lease_id=lease_id,
+            choice=choice,
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            sampling=sampling,
+            root_key=self._leases[lease_id].root_key,
+        )

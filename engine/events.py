@@ -1,0 +1,56 @@
+"""What a step gives to whoever drives the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.request import Drawn
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDrawn:
+    """Token number `index` (from 0) of one choice's answer."""
+
+    lease_id: bytes
+    choice: int
+    index: int
+    drawn: Drawn
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone:
+    """The KV of positions [0, num_tokens) of a sequence computed for another worker is in the cache."""
+
+    lease_id: bytes
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """The prompt of a sequence computed for another worker is done; `first[i]` is choice i's first token."""
+
+    lease_id: bytes
+    first: tuple[Drawn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailed:
+    """One choice, or where `choice` is None the whole lease, cannot go on. `cause` is UPPER_SNAKE."""
+
+    lease_id: bytes
+    choice: int | None
+    cause: str
+    message: str
+
+
+Event = TokenDrawn | ChunkDone | PrefillDone | SequenceFailed
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Events in the order they happened, and what the step was made of. No rows: there was nothing to do."""
+
+    events: tuple[Event, ...] = ()
+    num_prefill_tokens: int = 0
+    num_decode_rows: int = 0
+    step_s: float = 0.0

@@ -1,0 +1,131 @@
+"""Dense decoders with grouped-query attention: Llama, Qwen2, Qwen3.
+
+They differ in biases, in a norm on queries and keys and in their head size, all of which the config says; the
+flow of a layer is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.attention import PagedAttention
+from engine.batch import StepBatch
+from engine.cache import PagedCache, gqa_layout
+from engine.layers import GatedMLP, RMSNorm, Rotary, rotate
+from engine.linear import Linear
+from engine.models.config import ModelConfig
+from engine.rope import rope_tables
+from engine.weights import Weights
+from kvtransfer.layouts import CacheLayout
+
+
+def cache_layout(config: ModelConfig, kv_dtype: str, block_tokens: int) -> CacheLayout:
+    """The cache that a dense decoder fills: planes "k" and "v"."""
+    return gqa_layout(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype, block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where weights go and in what precision."""
+
+    weights: Weights
+    dtype: torch.dtype
+    device: torch.device
+    eps: float
+
+    def linear(self, *names: str, bias: bool = False) -> Linear:
+        """One product for the rows of all `names`, in order."""
+        weight = self.weights.fused([f"{name}.weight" for name in names], self.dtype).to(self.device)
+        offset = None
+        if bias:
+            offset = self.weights.fused([f"{name}.bias" for name in names], torch.float32).to(self.device)
+        return Linear(weight, offset)
+
+    def norm(self, name: str) -> RMSNorm:
+        """The norm with the weight of that name."""
+        return RMSNorm(self.weights.get(f"{name}.weight").to(self.device), self.eps)
+
+
+class DecoderLayer:
+    """Norm, attention, residual; norm, MLP, residual."""
+
+    def __init__(self, index: int, config: ModelConfig, place: Placement, block_tokens: int) -> None:
+        at, attention, mlp = (f"model.layers.{index}{part}" for part in ("", ".self_attn", ".mlp"))
+        self._index = index
+        self._config = config
+        self._input_norm = place.norm(f"{at}.input_layernorm")
+        self._mlp_norm = place.norm(f"{at}.post_attention_layernorm")
+        self._qkv = place.linear(*(f"{attention}.{name}_proj" for name in "qkv"), bias=config.qkv_bias)
+        self._o = place.linear(f"{attention}.o_proj", bias=config.o_bias)
+        self._q_norm = place.norm(f"{attention}.q_norm") if config.qk_norm else None
+        self._k_norm = place.norm(f"{attention}.k_norm") if config.qk_norm else None
+        self._mlp = GatedMLP(
+            place.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"), place.linear(f"{mlp}.down_proj")
+        )
+        self._attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_dim, block_tokens)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        batch: StepBatch,
+        cache: PagedCache,
+    ) -> torch.Tensor:
+        """x [T, hidden] float32 → the same shape; writes the step's keys and values into the cache."""
+        q, k, v = self._project(self._input_norm(x), rotary)
+        k_plane, v_plane = cache.planes["k"][self._index], cache.planes["v"][self._index]
+        k_plane.index_copy_(1, batch.slots, k.transpose(0, 1).to(k_plane.dtype))
+        v_plane.index_copy_(1, batch.slots, v.transpose(0, 1).to(v_plane.dtype))
+        x = x + self._o(self._attention(q, k_plane, v_plane, batch))
+        return x + self._mlp(self._mlp_norm(x))
+
+    def _project(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        config = self._config
+        heads = self._qkv(x).unflatten(-1, (-1, config.head_dim))
+        num_rotated = config.num_heads + config.num_kv_heads
+        qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
+        if self._q_norm is not None and self._k_norm is not None:
+            qk = torch.cat(
+                (self._q_norm(qk[:, : config.num_heads]), self._k_norm(qk[:, config.num_heads :])), dim=1
+            )
+        qk = rotate(qk, *rotary)
+        return qk[:, : config.num_heads], qk[:, config.num_heads :], v
+
+
+class DenseDecoder:
+    """The whole model: token ids in, logits of the rows that draw out."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        dtype: torch.dtype,
+        max_context: int,
+        block_tokens: int,
+        device: torch.device,
+    ) -> None:
+        # Copied into memory of its own: a page of a mapped file would be read from disk in mid-answer.
+        self._embedding = weights.get("model.embed_tokens.weight").to(dtype=dtype, device=device, copy=True)
+        place = Placement(weights, dtype, device, config.rms_norm_eps)
+        self._layers = [
+            DecoderLayer(index, config, place, block_tokens) for index in range(config.num_layers)
+        ]
+        self._norm = place.norm("model.norm")
+        tied = config.tie_word_embeddings
+        self._head = Linear(self._embedding, repack=False) if tied else place.linear("lm_head")
+        cos, sin = rope_tables(config, max_context)
+        self._rotary = Rotary(cos.to(device), sin.to(device))
+
+    def forward(self, batch: StepBatch, cache: PagedCache) -> torch.Tensor | None:
+        """Logits [R, vocabulary] float32 of `batch.logit_rows`; None where no row draws."""
+        x = self._embedding[batch.token_ids].float()
+        rotary = self._rotary.at(batch.positions)
+        for layer in self._layers:
+            x = layer(x, rotary, batch, cache)
+        if not batch.drawing:
+            return None
+        return self._head(self._norm(x[batch.logit_rows]))

@@ -1,0 +1,99 @@
+"""The model on its device: memory sized by bytes, one forward a step.
+
+Knows torch, the model and the cache; knows no requests beyond the rows of a plan.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.batch import BatchBuilder, StepBatch
+from engine.cache import PagedCache
+from engine.models.config import ModelConfig
+from engine.models.dense import DenseDecoder, cache_layout
+from engine.pool import BlockPool
+from engine.scheduler import StepPlan
+from engine.weights import open_weights
+
+BLOCK_TOKENS = 64  # also the cluster-wide key block (design §4)
+WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class EngineError(Exception):
+    """The engine cannot be opened as asked; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How to run a model. `precision`: float32 | bfloat16 | auto; `kv_dtype`: float32 | bfloat16 | auto.
+
+    `max_context`, `chunk_tokens` in tokens; `kv_bytes` bounds the cache; `num_threads` of one product.
+    `device` is "cpu" or "cuda:N" (CUDA: written, not run by the project's tests).
+    """
+
+    precision: str = "auto"
+    kv_dtype: str = "auto"
+    max_context: int = 8192
+    chunk_tokens: int = 512
+    max_sequences: int = 64
+    kv_bytes: int = 2 << 30
+    num_threads: int = 1
+    device: str = "cpu"
+
+
+class ModelRunner:
+    """Loads the model in `model_dir` and runs batches through it.
+
+    Raises EngineError, engine.models.config.ModelConfigError or engine.weights.WeightsError.
+    """
+
+    def __init__(self, model_dir: Path, options: EngineOptions) -> None:
+        torch.set_num_threads(options.num_threads)
+        self.config: ModelConfig = ModelConfig.open(model_dir)
+        self.device = torch.device(options.device)
+        self.precision = "float32" if options.precision == "auto" else options.precision
+        if self.precision not in WEIGHT_DTYPES:
+            raise EngineError(f"precision {self.precision!r} is not one of auto, {', '.join(WEIGHT_DTYPES)}")
+        kv_dtype = self.precision if options.kv_dtype == "auto" else options.kv_dtype
+        self.layout = cache_layout(self.config, kv_dtype, BLOCK_TOKENS)
+        self.max_context = min(options.max_context, self.config.max_context)
+        block_bytes = self.layout.num_bytes(BLOCK_TOKENS)
+        num_blocks = options.kv_bytes // block_bytes
+        needed = -(-self.max_context // BLOCK_TOKENS) + 1
+        if num_blocks < needed:
+            raise EngineError(
+                f"kv_memory of {options.kv_bytes} bytes holds {num_blocks * BLOCK_TOKENS} tokens, less than one "
+                f"context of {self.max_context}: give at least {needed * block_bytes} bytes or lower max_context"
+            )
+        self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
+        self.cache = PagedCache(self.layout, num_blocks, self.device, self.pool.blocks)
+        self._builder = BatchBuilder(self.pool.blocks, BLOCK_TOKENS, self.cache.padding_block, self.device)
+        weights = open_weights(model_dir, self.config)
+        self._model = DenseDecoder(
+            self.config, weights, WEIGHT_DTYPES[self.precision], self.max_context, BLOCK_TOKENS, self.device
+        )
+
+    @property
+    def arithmetic(self) -> str:
+        """What two workers must share for equal bits: precision, kernels, instruction set."""
+        isa = os.environ.get("ONEDNN_MAX_CPU_ISA", torch.backends.cpu.get_cpu_capability())
+        kernels = "onednn" if torch.backends.mkldnn.is_available() else "native"
+        place = isa if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        return f"{self.precision}/torch-{torch.__version__}/{kernels}/{place}"
+
+    def build(self, plan: StepPlan) -> StepBatch:
+        """The plan's arrays; reads sequences and the pool, so the caller holds the engine's lock."""
+        return self._builder.build(plan)
+
+    def forward(self, batch: StepBatch) -> np.ndarray:
+        """Logits [number of drawing rows, vocabulary] float32 in the order of `batch.drawing`."""
+        with torch.inference_mode():
+            logits = self._model.forward(batch, self.cache)
+        if logits is None:
+            return np.empty((0, self.config.vocab_size), dtype=np.float32)
+        return logits[: len(batch.drawing)].cpu().numpy()

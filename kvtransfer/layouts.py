@@ -1,0 +1,248 @@
+"""What a KV cache is made of, and how it is cut into pieces that travel.
+
+A model declares its cache as planes. A paged plane has one entry for so many tokens; a window plane
+keeps only the last rows. An entry is a record of named fields; heads are an axis of their own.
+Everything here is arithmetic on ranges: it knows no tensor, no block table and no network.
+
+Canonical order of a piece's bytes: [layer, entry, head, field], fields in the order of the plane,
+little endian, no padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Buffer
+
+DTYPE_BYTES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3": 1,
+    "float8_e8m0": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+
+DEFAULT_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """`width` numbers of `dtype` (a key of DTYPE_BYTES) in an entry, for one layer and one head."""
+
+    name: str
+    width: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            known = ", ".join(DTYPE_BYTES)
+            raise ValueError(f"field {self.name!r}: unknown dtype {self.dtype!r}; known are {known}")
+        if self.width < 1:
+            raise ValueError(f"field {self.name!r}: width must be at least 1, got {self.width}")
+
+    @property
+    def num_bytes(self) -> int:
+        return self.width * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """One entry for every `tokens_per_entry` tokens; an entry exists once all of its tokens do."""
+
+    tokens_per_entry: int
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_entry < 1:
+            raise ValueError(f"tokens_per_entry must be at least 1, got {self.tokens_per_entry}")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One row per token; at length N the rows [max(0, align·⌊N/align⌋ − (rows − align)), N) are live."""
+
+    rows: int
+    align: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.align <= self.rows:
+            raise ValueError(f"a window needs 1 <= align <= rows, got align {self.align}, rows {self.rows}")
+
+
+Kind: TypeAlias = Paged | Window
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One kind of state of all `layers` that have it. `heads` = 1: replicated, sent by one rank."""
+
+    name: str
+    layers: int
+    kind: Kind
+    heads: int
+    fields: tuple[Field, ...]
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.heads < 1 or not self.fields:
+            raise ValueError(f"plane {self.name!r} needs at least one layer, one head and one field")
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one entry, one layer, one head."""
+        return sum(field.num_bytes for field in self.fields)
+
+    def live(self, num_tokens: int) -> range:
+        """The entries that hold something at a length of `num_tokens`."""
+        match self.kind:
+            case Paged(tokens_per_entry):
+                return range(num_tokens // tokens_per_entry)
+            case Window(rows, align):
+                return range(max(0, num_tokens // align * align - (rows - align)), num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of one plane: the unit of frame, manifest and codec."""
+
+    plane: str
+    layers: range
+    heads: range
+    entries: range
+
+    def num_bytes(self, layout: CacheLayout) -> int:
+        """Canonical bytes. Raises KeyError when the layout lacks the plane."""
+        records = len(self.layers) * len(self.heads) * len(self.entries)
+        return records * layout.plane(self.plane).record_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """The planes of a model's cache. `block_tokens` is the local block size: shape, not identity."""
+
+    planes: tuple[Plane, ...]
+    block_tokens: int
+
+    def __post_init__(self) -> None:
+        if len({plane.name for plane in self.planes}) != len(self.planes):
+            raise ValueError("two planes of one layout have the same name")
+        if self.block_tokens < 1:
+            raise ValueError(f"block_tokens must be at least 1, got {self.block_tokens}")
+
+    def plane(self, name: str) -> Plane:
+        """Raises KeyError for a name the layout lacks."""
+        for plane in self.planes:
+            if plane.name == name:
+                return plane
+        raise KeyError(f"no plane {name!r} in this layout; it has {[plane.name for plane in self.planes]}")
+
+    def live(self, plane: str | Plane, num_tokens: int) -> range:
+        """The entries of a plane that hold something at a length of `num_tokens`."""
+        return (plane if isinstance(plane, Plane) else self.plane(plane)).live(num_tokens)
+
+    def entry_bytes(self, plane: str | Plane) -> int:
+        """Bytes of one entry of one layer, all heads."""
+        plane = plane if isinstance(plane, Plane) else self.plane(plane)
+        return plane.heads * plane.record_bytes
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Canonical bytes of a whole sequence of `num_tokens`, windows included."""
+        return sum(p.layers * self.entry_bytes(p) * len(p.live(num_tokens)) for p in self.planes)
+
+    def identity(self) -> str:
+        """Hex digest, equal for two workers whose pieces mean the same: planes and dtypes, not block size."""
+        digest = hashlib.blake2b(digest_size=16, person=b"headrace-layout1")
+        for plane in self.planes:
+            fields = [(field.name, field.width, field.dtype) for field in plane.fields]
+            facts = (plane.name, plane.layers, str(plane.kind), plane.heads, fields)
+            digest.update(f"{facts!r}\n".encode())
+        return digest.hexdigest()
+
+    def check(self, piece: Piece) -> None:
+        """Raises ValueError when the piece is empty, strided or outside of its plane's layers and heads."""
+        try:
+            plane = self.plane(piece.plane)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+        for axis, box, limit in (
+            ("layers", piece.layers, plane.layers),
+            ("heads", piece.heads, plane.heads),
+            ("entries", piece.entries, None),
+        ):
+            if box.step != 1 or box.start < 0 or box.stop <= box.start:
+                raise ValueError(
+                    f"plane {plane.name!r}: {axis} [{box.start}, {box.stop}) is empty or negative"
+                )
+            if limit is not None and box.stop > limit:
+                raise ValueError(f"plane {plane.name!r}: {axis} end at {box.stop}, the plane has {limit}")
+
+
+class CacheStore(Protocol):
+    """Where pieces are read from and written to: an engine's pools, a host arena, a test's arrays.
+
+    `owner` is the lease id under which the store holds the sequence's memory. Both calls may come
+    from other threads than the engine's, while a step computes.
+    """
+
+    def gather(self, owner: bytes, piece: Piece) -> Buffer:
+        """The piece's canonical bytes, C-contiguous, good until the same thread's next call.
+
+        Raises KeyError for an unknown owner, ValueError for entries that the owner lacks.
+        """
+
+    def scatter(self, owner: bytes, piece: Piece, data: Buffer) -> None:
+        """Writes canonical bytes; `data` may be reused as soon as this returns.
+
+        Raises KeyError for an unknown owner, ValueError for entries that the owner lacks or a wrong length.
+        """
+
+    def fence(self) -> None:
+        """Returns when everything scattered so far is visible to the engine's next step."""
+
+
+def pieces_for(layout: CacheLayout, tokens: range, target_bytes: int = DEFAULT_PIECE_BYTES) -> list[Piece]:
+    """Cuts the positions `tokens` of all paged planes into pieces of at most about `target_bytes`.
+
+    Consecutive ranges tile: an entry belongs to the range in which its last token lies. A piece is
+    larger than the target only where one entry of one layer already is.
+    """
+    pieces: list[Piece] = []
+    for plane in layout.planes:
+        if isinstance(plane.kind, Paged):
+            per_entry = plane.kind.tokens_per_entry
+            entries = range(tokens.start // per_entry, tokens.stop // per_entry)
+            pieces.extend(_cut(plane, entries, target_bytes))
+    return pieces
+
+
+def window_pieces_for(
+    layout: CacheLayout, num_tokens: int, target_bytes: int = DEFAULT_PIECE_BYTES
+) -> list[Piece]:
+    """Cuts the live rows of all window planes at a length of `num_tokens`."""
+    pieces: list[Piece] = []
+    for plane in layout.planes:
+        if isinstance(plane.kind, Window):
+            pieces.extend(_cut(plane, plane.live(num_tokens), target_bytes))
+    return pieces
+
+
+def _cut(plane: Plane, entries: range, target_bytes: int) -> Iterator[Piece]:
+    if not entries:
+        return
+    entry_bytes = plane.heads * plane.record_bytes
+    for part in _split(entries, max(1, target_bytes // entry_bytes)):
+        layers_per_piece = max(1, target_bytes // (entry_bytes * len(part)))
+        for layers in _split(range(plane.layers), layers_per_piece):
+            yield Piece(plane.name, layers, range(plane.heads), part)
+
+
+def _split(whole: range, at_most: int) -> Iterator[range]:
+    """Parts of nearly equal length, none longer than `at_most`: no small rest that costs a frame."""
+    num_parts = -(-len(whole) // at_most)
+    for i in range(num_parts):
+        yield whole[len(whole) * i // num_parts : len(whole) * (i + 1) // num_parts]

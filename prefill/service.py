@@ -1,0 +1,306 @@
+"""The prefill service of a worker: prompts in, their KV pushed while it is computed, then handed over.
+
+    waiting ── room ──▶ computing ── first tokens ──▶ handing over ── acknowledged ──▶ gone
+       └──────────────────────┴── cancel, deadline, failure: push aborted ──▶ gone
+
+A prompt has two leases: one here, for the blocks it is computed in, and the one of the decode worker that
+it is pushed into. The blocks here outlive the lease until nothing reads them (LeaseKeeper.hold). All of it
+runs on the service loop; what waits for the peer (commit, abort) runs on threads of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from engine.events import ChunkDone, PrefillDone, SequenceFailed, StepResult
+from headrace.v1 import worker_pb2
+from kvtransfer.lease_types import Refusal, RequestId
+from kvtransfer.transports.seam import CommitOutcome, TransferCause, TransferError
+from prefill.channels import PeerChannels
+from prefill.prompt import (
+    Phase,
+    Prompt,
+    choose_codec,
+    handoff_record,
+    open_push,
+    peer_of,
+    prefill_finished,
+)
+from worker.leasing import DEADLINE_EXCEEDED, LOST_CAUSES, NotReserved
+from worker.link import RouterLink
+from worker.service import WorkerContext
+from worker.wire import MalformedTask, check_task, failure
+
+logger = logging.getLogger(__name__)
+
+MAX_HANDOVERS = 8
+MAX_OUTCOMES = 1024
+RETRY_ROOM_S = 0.02
+_BROKEN_PEER = (TransferCause.PEER_UNAVAILABLE, TransferCause.PEER_REFUSED, TransferCause.RECEIVER_STALLED)
+
+
+class PrefillService:
+    """Implements `worker.service.RoleService`."""
+
+    receives_kv = False
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._engine = context.engine
+        self._leases = context.leases
+        self._leases.on_lost = self._on_lease_lost
+        self._prompts: dict[RequestId, Prompt] = {}
+        self._by_lease: dict[bytes, Prompt] = {}
+        self._closing: set[bytes] = set()
+        self._outcomes: OrderedDict[tuple[RequestId, int], worker_pb2.WorkerMessage] = OrderedDict()
+        self._channels = PeerChannels()
+        choose_codec(context.config.codec, context.config.fidelity)  # refused at start rather than later
+        # Apart, so that no abort waits behind a commit that it would end.
+        self._commits = ThreadPoolExecutor(MAX_HANDOVERS, thread_name_prefix="commit")
+        self._aborts = ThreadPoolExecutor(MAX_HANDOVERS, thread_name_prefix="abort")
+
+    @property
+    def num_requests(self) -> int:
+        """Prompts that hold blocks or wait for them."""
+        return len(self._prompts) + len(self._closing)
+
+    # --- the router's messages -----------------------------------------------------------------
+
+    def handle(self, link: RouterLink, message: worker_pb2.RouterMessage) -> bool:
+        """Act on StartPrefill, CancelAttempt and ResumeStream."""
+        match message.WhichOneof("message"):
+            case "start_prefill":
+                self._start(link, message.start_prefill)
+            case "cancel":
+                self._cancel(message.cancel)
+            case "resume":
+                return self._known(link, message.resume.key)
+            case _:
+                return False
+        return True
+
+    def _start(self, link: RouterLink, message: worker_pb2.StartPrefill) -> None:
+        if self._known(link, message.key):
+            return
+        refusal = self._refusal(message)
+        if refusal is not None:
+            link.send(refusal)
+            return
+        older = self._prompts.get(_request_id(message.key))
+        if older is not None and older.key.attempt < message.key.attempt:
+            self._end(older, "SUPERSEDED")
+        granted = self._leases.grant(
+            _request_id(message.key), message.key.attempt, message.remaining_s, local=True
+        )
+        if isinstance(granted, NotReserved):
+            link.send(failure(message.key, "prefill", granted.cause, granted.message))
+            return
+        prompt = self._open(link, message, granted)
+        self._prompts[_request_id(message.key)] = prompt
+        self._by_lease[granted] = prompt
+        self._admit(prompt)
+        self._context.changed()
+
+    def _open(self, link: RouterLink, message: worker_pb2.StartPrefill, lease_id: bytes) -> Prompt:
+        config = self._context.config
+        codec = choose_codec(config.codec, config.fidelity, message.task.fidelity)
+        deadline = self._context.clock() + message.remaining_s
+        channel = self._channels.acquire(*peer_of(message))
+        self._leases.hold(lease_id)
+        push = open_push(message, lease_id, codec, self._context, channel)
+        return Prompt(message, link, lease_id, deadline, codec, push)
+
+    def _refusal(self, message: worker_pb2.StartPrefill) -> worker_pb2.WorkerMessage | None:
+        if not self._context.accepts_new():
+            text = "the worker takes no new prompts"
+            return failure(message.key, "prefill", "NOT_SERVING", text, retryable=True)
+        if not message.remaining_s > 0:
+            text = "the deadline had passed when the prompt arrived"
+            return failure(message.key, "prefill", DEADLINE_EXCEEDED, text)
+        try:
+            check_task(message.task, self._engine)
+        except MalformedTask as error:
+            return failure(message.key, "prefill", "INVALID_TASK", str(error))
+        if not self._may_hold(len(message.task.prompt_token_ids)):
+            text = f"{len(self._prompts)} prompts are held already"
+            return failure(message.key, "prefill", "PREFILL_QUEUE_FULL", text, retryable=True)
+        return None
+
+    def _may_hold(self, num_tokens: int) -> bool:
+        """The running prompt and one more, or more that are short; and as many as the engine has places for."""
+        config = self._context.config
+        held = [p for p in self._prompts.values() if p.phase is not Phase.HANDING_OVER]
+        held_tokens = sum(len(prompt.token_ids) for prompt in held)
+        few = len(held) < config.max_prompts or held_tokens + num_tokens <= config.prompt_window_tokens
+        return few and self.num_requests < self._engine.max_sequences
+
+    def _cancel(self, message: worker_pb2.CancelAttempt) -> None:
+        request_id = _request_id(message.key)
+        prompt = self._prompts.get(request_id)
+        cause = message.cause or "CANCELLED"
+        if prompt is not None and prompt.key.attempt <= message.key.attempt:
+            self._end(prompt, cause)
+        self._leases.cancel(request_id, message.key.attempt, cause)
+
+    def disown(self, link: RouterLink, cause: str, before_generation: int) -> None:
+        """Cancel the prompts of `link` that were not heard of since that generation began."""
+        for prompt in list(self._prompts.values()):
+            if prompt.link is link and prompt.generation < before_generation:
+                self._end(prompt, cause)
+
+    # --- computing -----------------------------------------------------------------------------
+
+    def _admit(self, prompt: Prompt) -> None:
+        """Begin to compute a prompt if there is room, else look again soon."""
+        if prompt.phase is not Phase.WAITING or prompt.lease_id not in self._by_lease:
+            return
+        root_key = self._context.root_key(prompt.key.tenant)
+        # One choice, whatever n is: the others begin on the decode worker.
+        cached_tokens = self._leases.reserve(prompt.lease_id, prompt.token_ids, 1, root_key)
+        if cached_tokens is None:
+            self._context.loop.call_later(RETRY_ROOM_S, self._admit, prompt)
+            return
+        prompt.phase = Phase.COMPUTING
+        prompt.cached_tokens = cached_tokens
+        prompt.push.advance(cached_tokens)
+        self._engine.submit(prompt.lease_id, prompt.token_ids, prompt.sampling, prefill_only=True)
+        self._context.wake_engine()
+
+    def on_step(self, result: StepResult) -> None:
+        """Push what a step computed, and hand over what it finished."""
+        for event in result.events:
+            prompt = self._by_lease.get(event.lease_id)
+            if prompt is None:
+                continue
+            if isinstance(event, ChunkDone):
+                self._push_on(prompt, event.num_tokens, result.step_s)
+            elif isinstance(event, PrefillDone):
+                self._hand_over(prompt, event)
+            elif isinstance(event, SequenceFailed):
+                self._fail(prompt, "prefill", event.cause, event.message, retryable=False)
+
+    def _push_on(self, prompt: Prompt, num_tokens: int, step_s: float) -> None:
+        if prompt.began is None:
+            prompt.began = self._context.clock() - step_s
+        prompt.push.advance(num_tokens)
+        if prompt.push.error is not None:
+            self._fail_transfer(prompt, prompt.push.error)
+
+    # --- handing over --------------------------------------------------------------------------
+
+    def _hand_over(self, prompt: Prompt, event: PrefillDone) -> None:
+        if prompt.phase is not Phase.COMPUTING:
+            return
+        prompt.phase = Phase.HANDING_OVER
+        prompt.drawn_at = self._context.clock()
+        record = handoff_record(prompt, self._context, event.first)
+        remaining_s = prompt.deadline - prompt.drawn_at
+        commit = self._commits.submit(prompt.push.commit, record, remaining_s)
+        commit.add_done_callback(
+            lambda done: self._context.loop.call_soon_threadsafe(self._committed, prompt, done)
+        )
+
+    def _committed(self, prompt: Prompt, commit: Future[CommitOutcome]) -> None:
+        if prompt.lease_id not in self._by_lease:
+            return  # cancelled meanwhile; the abort gives the blocks back
+        error = commit.exception()
+        if isinstance(error, TransferError):
+            self._fail_transfer(prompt, error)
+        elif error is not None:
+            self._fail(prompt, "handoff", "INTERNAL", type(error).__name__, retryable=True)
+        elif not commit.result().is_committed:
+            outcome = commit.result()
+            cause = LOST_CAUSES.get(outcome.cause, outcome.cause) or f"LEASE_{outcome.state or 'UNKNOWN'}"
+            retryable = cause != DEADLINE_EXCEEDED
+            self._fail(prompt, "handoff", cause, outcome.message, retryable=retryable)
+        else:
+            self._tell(prompt, prefill_finished(prompt, prompt.push.stats(), self._context.clock()))
+            self._forget(prompt)
+            self._leases.release(prompt.lease_id, "HANDED_OVER")
+            self._let_go(prompt)
+
+    # --- ends ----------------------------------------------------------------------------------
+
+    def on_engine_failed(self, lease_ids: Collection[bytes] | None, message: str) -> None:
+        """End the prompts whose sequences the engine lost; None: all of them."""
+        for prompt in list(self._prompts.values()):
+            if lease_ids is None or prompt.lease_id in lease_ids:
+                self._fail(prompt, "prefill", "ENGINE_FAILED", message, retryable=True)
+
+    def _on_lease_lost(self, lease_id: bytes, cause: str) -> None:
+        self._context.loop.call_soon_threadsafe(self._lease_lost, lease_id, cause)
+
+    def _lease_lost(self, lease_id: bytes, cause: str) -> None:
+        prompt = self._by_lease.get(lease_id)
+        if prompt is not None:
+            stage = "handoff" if prompt.phase is Phase.HANDING_OVER else "prefill"
+            cause = LOST_CAUSES.get(cause, cause)
+            retryable = cause != DEADLINE_EXCEEDED
+            self._fail(prompt, stage, cause, "the prompt was not handed over in time", retryable=retryable)
+
+    def _fail_transfer(self, prompt: Prompt, error: TransferError) -> None:
+        # A frame that came too late is refused as LEASE_CLOSED; what happened is that the lease was lost.
+        cause = TransferCause.LEASE_LOST if error.cause == Refusal.LEASE_CLOSED else error.cause
+        self._fail(prompt, "transfer", cause, error.message, retryable=cause != DEADLINE_EXCEEDED)
+
+    def _fail(self, prompt: Prompt, stage: str, cause: str, message: str, *, retryable: bool) -> None:
+        logger.info("request %s failed in %s: %s", prompt.key.request_id, stage, cause)
+        self._tell(prompt, failure(prompt.key, stage, cause, message, retryable=retryable))
+        self._end(prompt, cause)
+
+    def _end(self, prompt: Prompt, cause: str) -> None:
+        """Stop computing at the next chunk, and abort the push; the router hears nothing of it here."""
+        self._forget(prompt)
+        self._leases.release(prompt.lease_id, cause)
+        self._closing.add(prompt.lease_id)
+        abort = self._aborts.submit(prompt.push.abort, cause)
+        abort.add_done_callback(lambda _done: self._context.loop.call_soon_threadsafe(self._let_go, prompt))
+
+    def _let_go(self, prompt: Prompt) -> None:
+        """Nothing reads the prompt's blocks any more."""
+        self._closing.discard(prompt.lease_id)
+        self._leases.unhold(prompt.lease_id)
+        error = prompt.push.error
+        self._channels.release(*prompt.peer, failed=error is not None and error.cause in _BROKEN_PEER)
+        self._context.changed()
+        for other in list(self._prompts.values()):
+            self._admit(other)
+
+    async def close(self) -> None:
+        """Abort every prompt: the worker stops."""
+        for prompt in list(self._prompts.values()):
+            self._fail(prompt, "prefill", "WORKER_STOPPED", "the worker was stopped", retryable=True)
+        for threads in (self._aborts, self._commits):
+            await self._context.loop.run_in_executor(None, threads.shutdown)
+        self._channels.close()
+
+    # --- the books -----------------------------------------------------------------------------
+
+    def _known(self, link: RouterLink, key: worker_pb2.RequestKey) -> bool:
+        """Whether the attempt is or was here; what the router was told of its end is told again."""
+        prompt = self._prompts.get(_request_id(key))
+        if prompt is not None and prompt.key.attempt == key.attempt:
+            prompt.hear(link)
+            return True
+        outcome = self._outcomes.get((_request_id(key), key.attempt))
+        if outcome is not None:
+            link.send(outcome)
+        return outcome is not None
+
+    def _tell(self, prompt: Prompt, outcome: worker_pb2.WorkerMessage) -> None:
+        prompt.link.send(outcome)
+        self._outcomes[_request_id(prompt.key), prompt.key.attempt] = outcome
+        if len(self._outcomes) > MAX_OUTCOMES:
+            self._outcomes.popitem(last=False)
+
+    def _forget(self, prompt: Prompt) -> None:
+        self._by_lease.pop(prompt.lease_id, None)
+        if self._prompts.get(_request_id(prompt.key)) is prompt:
+            del self._prompts[_request_id(prompt.key)]
+
+
+def _request_id(key: worker_pb2.RequestKey) -> RequestId:
+    return RequestId(key.tenant, key.request_id)

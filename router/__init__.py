@@ -1,0 +1,1 @@
+"""The router: admission, placement, request lifecycle and the gRPC front door."""

@@ -1,0 +1,1 @@
+"""What the router decides, without gRPC, asyncio or a clock of its own."""

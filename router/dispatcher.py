@@ -1,0 +1,359 @@
+"""Sends requests to workers and acts on what workers say.
+
+    submit → queue → place → Reserve → (Reserved) → StartPrefill → (PrefillFinished, tokens) → end
+                                └ local prefill: Reserve alone, then tokens
+
+Every handler runs to its end on the router's event loop without waiting for anything, so a reader of a
+worker's stream never waits for a client, and no two events of one request interleave. Each placement is an
+attempt with a number of its own; what a worker says of an older one changes nothing.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from headrace.v1 import worker_pb2
+from router import messages
+from router.book import RequestBook
+from router.core.answer import Arrival
+from router.core.failures import Code, Failure, Stage
+from router.core.fleet import Demand, WorkerRef
+from router.core.lifecycle import RequestState
+from router.core.placement import Placement, PlacementState, Wait, WaitCause
+from router.core.queue import Entry, TokenQueue
+from router.requests import CallLater, Request, RequestKey
+from router.verdicts import Verdict, failure_of, verdict_on
+
+logger = logging.getLogger(__name__)
+
+REFUSAL_BACKOFF_S = 0.25
+REPORT_GRACE_S = 0.5  # how long a finished answer waits for its prefill worker's figures
+NO_WORKERS_RETRY_S = 1.0
+MAX_STALE = 16  # placements in a row that workers may call outdated
+
+
+class Links(Protocol):
+    """The way to the workers. Sending never waits; to a worker that is gone it does nothing."""
+
+    def send(self, ref: WorkerRef, message: worker_pb2.RouterMessage) -> None: ...
+
+    def acknowledge(self, ref: WorkerRef, key: worker_pb2.RequestKey, choice: int, next_index: int) -> None:
+        """Says, soon and together with others, which tokens need not be kept."""
+
+
+class Dispatcher:
+    """The queue, the placement and the conversation with workers."""
+
+    def __init__(
+        self,
+        book: RequestBook,
+        queue: TokenQueue[RequestKey],
+        placement: PlacementState[RequestKey],
+        links: Links,
+        clock: Callable[[], float],
+        call_later: CallLater,
+    ) -> None:
+        self.queue = queue
+        self._book = book
+        self._placement = placement
+        self._links = links
+        self._clock = clock
+        self._call_later = call_later
+        self._pumping = False
+        book.on_ending = self._on_ending
+
+    # --- requests ----------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, task: worker_pb2.GenerationTask) -> None:
+        """Accepts a request that was admitted, or ends it where there is no room or nobody to serve it."""
+        sampling = task.sampling
+        num_prompt_tokens = len(task.prompt_token_ids)
+        request.task = task
+        request.demand = Demand(
+            num_prompt_tokens=num_prompt_tokens,
+            max_total_tokens=num_prompt_tokens + sampling.max_tokens,
+            num_choices=sampling.n,
+        )
+        failure = self._reason_to_refuse(request.key, request.demand, request.deadline_s)
+        if failure is not None:
+            self._book.end(request, RequestState.FAILED, failure)
+            return
+        request.accepted = messages.accepted(request)
+        request.wake()
+        self.pump()
+
+    def pump(self) -> None:
+        """Places what can be placed, in order."""
+        if self._pumping:
+            return  # an end within the loop below freed something; the loop sees it
+        self._pumping = True
+        try:
+            while (entry := self.queue.head()) is not None:
+                if not self._place_head(entry):
+                    return
+        finally:
+            self._pumping = False
+
+    def _reason_to_refuse(self, key: RequestKey, demand: Demand, deadline_s: float) -> Failure | None:
+        now = self._clock()
+        decision = self._placement.place(demand, now)
+        if isinstance(decision, Wait) and decision.cause is WaitCause.NO_WORKERS:
+            return Failure(
+                code=Code.UNAVAILABLE,
+                stage=Stage.QUEUE,
+                cause=decision.cause,
+                message=decision.reason,
+                retryable=True,
+                retry_after_s=NO_WORKERS_RETRY_S,
+            )
+        if isinstance(decision, Wait) and decision.cause is WaitCause.TOO_LARGE:
+            return _too_large(decision)
+        full = self.queue.offer(key, demand.num_prompt_tokens, deadline_s, now)
+        if full is None:
+            return None
+        return Failure(
+            code=Code.RESOURCE_EXHAUSTED,
+            stage=Stage.QUEUE,
+            cause="QUEUE_FULL",
+            message=f"{full.queued_tokens} of {full.max_tokens} prompt tokens that may wait are waiting",
+            retryable=True,
+            retry_after_s=full.retry_after_s,
+        )
+
+    def _place_head(self, entry: Entry[RequestKey]) -> bool:
+        request = self._book.get(entry.key)
+        if request is None or request.demand is None:
+            raise LookupError(f"{entry.key.request_id} is queued but not in the book")
+        now = self._clock()
+        if entry.deadline <= now:
+            self._book.deadline_passed(request)  # its timer is late
+            return True
+        decision = self._placement.place(request.demand, now)
+        if isinstance(decision, Placement):
+            request.entry = self.queue.take(now)
+            self._dispatch(request, request.demand, decision)
+            return True
+        if decision.cause is WaitCause.TOO_LARGE:
+            self._book.end(request, RequestState.FAILED, _too_large(decision))
+            return True
+        return False
+
+    def _dispatch(self, request: Request, demand: Demand, placement: Placement) -> None:
+        self._placement.charge(request.key, placement, demand)
+        request.attempt += 1
+        request.placement = placement
+        request.lease = request.prefill = None
+        request.replay_asked = request.replay_due = False
+        request.lifecycle.move(RequestState.PLACED, self._clock())
+        logger.info("request %s attempt %d: %s", request.key.request_id, request.attempt, placement.reason)
+        self._links.send(placement.decode, messages.reserve(request, self._remaining_s(request)))
+
+    def _requeue(self, request: Request) -> None:
+        """Back to its old place in the queue; what the attempt held is returned."""
+        if request.entry is None:
+            raise LookupError(f"{request.key.request_id} was never queued")
+        self._placement.release(request.key)
+        if request.lifecycle.state is not RequestState.PLACED:
+            request.lifecycle.move(RequestState.RESUMING, self._clock())
+        request.lifecycle.move(RequestState.QUEUED, self._clock())
+        request.placement = None
+        self.queue.put_back(request.entry)
+
+    def _on_ending(self, request: Request, state: RequestState) -> None:
+        self.queue.remove(request.key)
+        if state is not RequestState.FINISHED:
+            self._cancel_attempt(request, request.failure.cause if request.failure else "")
+        self._placement.release(request.key)
+        self.pump()
+
+    def _cancel_attempt(self, request: Request, cause: str) -> None:
+        if request.placement is None:
+            return
+        for ref in request.placement.workers:
+            if ref != request.placement.prefill or request.prefill is None:
+                self._links.send(ref, messages.cancel(request, cause))
+
+    def _remaining_s(self, request: Request) -> float:
+        return max(0.0, request.deadline_s - self._clock())
+
+    # --- workers -----------------------------------------------------------------------------------------
+
+    def on_reserved(self, ref: WorkerRef, message: worker_pb2.Reserved) -> None:
+        """A decode worker granted a lease: prefill may begin."""
+        request = self._current(ref, message.key)
+        if request is None:
+            # Granted to an attempt that is over here: the cancel may have been lost with a connection.
+            self._links.send(ref, messages.cancel_key(message.key, "SUPERSEDED"))
+            return
+        if request.lifecycle.state is not RequestState.PLACED or request.placement is None:
+            return
+        self._placement.granted(request.key)
+        request.lease = message
+        request.lifecycle.move(RequestState.RESERVED, self._clock())
+        request.lifecycle.move(RequestState.PREFILLING, self._clock())
+        if request.replay_due:
+            self._ask_for_replay(ref, request)
+        if request.placement.prefill is not None:
+            self._start_prefill(request, request.placement.prefill)
+
+    def on_prefill_finished(self, ref: WorkerRef, message: worker_pb2.PrefillFinished) -> None:
+        """The prompt's KV belongs to the decode worker, and the prefill worker has room again."""
+        request = self._current(ref, message.key)
+        if request is None or request.placement is None or request.lease is None:
+            return
+        if request.prefill is not None or ref != (request.placement.prefill or request.placement.decode):
+            return
+        request.prefill = message
+        request.lifecycle.committed(self._clock())
+        self._decoding(request)
+        self._finish_if_complete(request)
+        self.pump()
+
+    def on_step(self, ref: WorkerRef, step: worker_pb2.StepOutput) -> None:
+        """New tokens of any number of requests."""
+        touched: dict[Request, None] = {}
+        for output in step.outputs:
+            request = self._current(ref, output.key)
+            if request is not None and self._take(ref, request, output):
+                touched[request] = None
+        for request in touched:
+            self._book.tokens_came(request)
+            self._finish_if_complete(request)
+
+    def on_failed(self, ref: WorkerRef, message: worker_pb2.AttemptFailed) -> None:
+        """An attempt ended on a worker without an answer."""
+        request = self._current(ref, message.key)
+        if request is None or request.placement is None:
+            return
+        error = message.error
+        if self._has_handed_over(request, ref):
+            return
+        verdict = verdict_on(error, request.lifecycle.state, request.has_tokens)
+        if verdict is Verdict.OUTDATED and request.num_stale >= MAX_STALE:
+            verdict = Verdict.FAIL
+        match verdict:
+            case Verdict.NO_ROOM:
+                self._placement.refused(request.key, self._clock() + REFUSAL_BACKOFF_S)
+                self._requeue(request)
+                self.pump()
+            case Verdict.OUTDATED:
+                # The worker remembers a later attempt from before this router knew the request.
+                self._cancel_attempt(request, "SUPERSEDED")
+                request.attempt += 1 << request.num_stale
+                request.num_stale += 1
+                self._requeue(request)
+                self.pump()
+            case Verdict.FAIL:
+                self._book.end(request, RequestState.FAILED, failure_of(error, request.stage))
+
+    def on_joined(self) -> None:
+        """A worker joined: the queue may move."""
+        self.pump()
+
+    def on_back(self, ref: WorkerRef) -> None:
+        """A worker is in touch again: each of its requests goes on where it stood, or begins again there.
+
+        One message per request, since a worker cancels what it does not hear of: the Reserve or StartPrefill
+        that was not answered, else where its tokens should go on.
+        """
+        for request in self._on(ref):
+            if request.placement is None:
+                continue
+            if ref == request.placement.prefill:
+                if request.lease is not None and request.prefill is None:
+                    self._start_prefill(request, ref)
+            elif request.lease is None:
+                # Its tokens may have gone the way that the grant went.
+                request.replay_due = True
+                self._links.send(ref, messages.reserve(request, self._remaining_s(request)))
+            else:
+                self._ask_for_replay(ref, request)
+        self.pump()
+
+    def on_lost(self, ref: WorkerRef, reason: str) -> None:
+        """A worker is gone: the requests that needed it fail, the others go on."""
+        for request in self._on(ref):
+            if request.placement is None or request.is_over:
+                continue
+            if request.answer.is_complete:
+                self._finish_if_complete(request, wait_for_figures=False)
+            elif not self._has_handed_over(request, ref):
+                self._book.end(request, RequestState.FAILED, _worker_lost(request, ref, reason))
+        self.pump()
+
+    # --- one request -------------------------------------------------------------------------------------
+
+    def _current(self, ref: WorkerRef, key: worker_pb2.RequestKey) -> Request | None:
+        """The running request whose present attempt this worker speaks of."""
+        request = self._book.get(RequestKey(key.tenant, key.request_id))
+        if request is None or request.is_over:
+            return None
+        return request if request.runs_on(ref) else None
+
+    @staticmethod
+    def _has_handed_over(request: Request, ref: WorkerRef) -> bool:
+        """Whether the worker was this request's prefill worker, and the decode worker has it already."""
+        is_prefill = request.placement is not None and ref == request.placement.prefill
+        return is_prefill and (request.prefill is not None or request.has_tokens)
+
+    def _on(self, ref: WorkerRef) -> Iterable[Request]:
+        return [request for request in self._book.live if request.runs_on(ref)]
+
+    def _start_prefill(self, request: Request, ref: WorkerRef) -> None:
+        self._links.send(ref, messages.start_prefill(request, self._remaining_s(request)))
+
+    def _decoding(self, request: Request) -> None:
+        if request.lifecycle.state is RequestState.PREFILLING:
+            request.lifecycle.move(RequestState.DECODING, self._clock())
+        self._placement.prefilled(request.key)
+
+    def _take(self, ref: WorkerRef, request: Request, output: worker_pb2.ChoiceOutput) -> bool:
+        """Books one choice's news; False where there was none for the listeners."""
+        delta = output.delta
+        if request.lease is None or delta.choice >= len(request.answer.choices):
+            return False
+        choice = request.answer.choices[delta.choice]
+        arrival = choice.add(delta)
+        if arrival is Arrival.MISALIGNED:
+            # Tokens were lost, or a replay crossed with news: ask once for what follows what is here.
+            if not request.replay_asked:
+                self._ask_for_replay(ref, request)
+            return False
+        finished = output.HasField("finished") and choice.finish(output.finished)
+        if arrival is Arrival.NEW:
+            request.replay_asked = False
+            self._decoding(request)
+            request.lifecycle.tokens_arrived(delta.first_index, self._clock())
+        self._links.acknowledge(ref, output.key, delta.choice, len(choice.tokens))
+        return arrival is Arrival.NEW or finished
+
+    def _ask_for_replay(self, ref: WorkerRef, request: Request) -> None:
+        request.replay_asked, request.replay_due = True, False
+        self._links.send(ref, messages.resume(request))
+
+    def _finish_if_complete(self, request: Request, wait_for_figures: bool = True) -> None:
+        if request.is_over or not request.answer.is_complete or request.placement is None:
+            return
+        is_remote = request.placement.prefill is not None
+        if is_remote and request.prefill is None and wait_for_figures:
+            # The tokens overtook the prefill worker's figures: two streams bring them.
+            if request.report_timer is None:
+                request.report_timer = self._call_later(
+                    REPORT_GRACE_S, lambda: self._finish_if_complete(request, wait_for_figures=False)
+                )
+            return
+        self._book.end(request, RequestState.FINISHED)
+
+
+def _worker_lost(request: Request, ref: WorkerRef, reason: str) -> Failure:
+    return Failure(
+        code=Code.UNAVAILABLE,
+        stage=request.stage,
+        cause="WORKER_LOST",
+        message=f"worker {ref.worker_id!r} was lost: {reason}",
+        retryable=True,
+    )
+
+
+def _too_large(wait: Wait) -> Failure:
+    return Failure(code=Code.INVALID_ARGUMENT, stage=Stage.QUEUE, cause=wait.cause, message=wait.reason)

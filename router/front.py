@@ -1,0 +1,143 @@
+"""The gRPC front door for applications: reads calls, writes answers, decides nothing."""
+
+from typing import Any, TypeAlias
+
+import grpc
+
+from headrace.v1 import inference_pb2 as pb
+from headrace.v1 import inference_pb2_grpc
+from router.auth import Authenticator
+from router.book import RequestBook
+from router.config import ModelFacts
+from router.core import admission
+from router.core.admission import Limits
+from router.core.failures import Code, Failure, Rejection, Stage, invalid
+from router.errors import error_detail
+from router.intake import Call, Intake
+from router.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from router.requests import RequestKey
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Serves headrace.v1.Inference; a Rejection becomes a status in `errors.Boundary`."""
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        intake: Intake,
+        book: RequestBook,
+        model: ModelFacts,
+        limits: Limits,
+    ) -> None:
+        self._authenticator = authenticator
+        self._intake = intake
+        self._book = book
+        self._model = model
+        self._limits = limits
+
+    async def Generate(  # type: ignore[override] # writes to the context instead of yielding
+        self, request: pb.GenerateRequest, context: Context
+    ) -> None:
+        """Streams the answer to a prompt."""
+        await self._answer(request, _generate_prompt(request), context)
+
+    async def Chat(  # type: ignore[override] # writes to the context instead of yielding
+        self, request: pb.ChatRequest, context: Context
+    ) -> None:
+        """Streams the answer to a conversation."""
+        await self._answer(request, ChatPrompt(request.messages), context)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        """Ends a request wherever it is."""
+        known = self._book.get(self._key(request.request_id, context))
+        return pb.CancelResponse(was_running=known is not None and self._book.cancel(known))
+
+    async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
+        """Reads the state of a request."""
+        known = self._book.get(self._key(request.request_id, context))
+        if known is None:
+            raise Rejection(
+                Failure(
+                    code=Code.NOT_FOUND,
+                    stage=Stage.ADMISSION,
+                    cause="REQUEST_UNKNOWN",
+                    message="there is no request of that id, running or finished lately",
+                ),
+                request.request_id,
+            )
+        response = pb.GetResponse(
+            request_id=known.key.request_id,
+            state=f"REQUEST_STATE_{known.lifecycle.state}",
+            prompt_tokens=known.demand.num_prompt_tokens if known.demand else 0,
+            completion_tokens=known.answer.num_tokens,
+        )
+        if known.failure is not None:
+            response.error.CopyFrom(error_detail(known.failure, known.key.request_id, known.attempt))
+        return response
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        """Turns text or messages into token ids."""
+        self._authenticator.tenant(_metadata(context))
+        admission.check_model(request.model, self._limits)
+        prompt: Prompt = TextPrompt(request.text)
+        if request.WhichOneof("input") == "chat":
+            prompt = ChatPrompt(request.chat.messages)
+        prompt.check(self._limits)
+        return pb.TokenizeResponse(token_ids=await self._intake.tokenize(prompt))
+
+    async def Models(self, request: pb.ModelsRequest, context: Context) -> pb.ModelsResponse:
+        """Lists the one model."""
+        self._authenticator.tenant(_metadata(context))
+        model = self._model
+        return pb.ModelsResponse(
+            models=[
+                pb.Model(
+                    name=model.name,
+                    architecture=model.architecture,
+                    max_context=model.max_context,
+                    digest=model.digest,
+                )
+            ]
+        )
+
+    async def _answer(
+        self, request: pb.GenerateRequest | pb.ChatRequest, prompt: Prompt, context: Context
+    ) -> None:
+        call = Call(
+            tenant=self._authenticator.tenant(_metadata(context)),
+            request_id=request.request_id,
+            model=request.model,
+            prompt=prompt,
+            sampling=request.sampling,
+            timeout_s=request.timeout_s,
+            remaining_s=context.time_remaining(),
+            resumable=request.resumable,
+            next_index=request.next_index,
+            resume_handle=request.resume_handle,
+        )
+        attachment = self._intake.open(call)
+        try:
+            while (messages := await attachment.next()) is not None:
+                for message in messages:
+                    await context.write(message)
+        finally:
+            self._book.detach(attachment)
+
+    def _key(self, request_id: str, context: Context) -> RequestKey:
+        tenant = self._authenticator.tenant(_metadata(context))
+        if not request_id:
+            raise invalid("BAD_REQUEST_ID", "request_id is empty")
+        admission.check_request_id(request_id)
+        return RequestKey(tenant, request_id)
+
+
+def _generate_prompt(request: pb.GenerateRequest) -> Prompt:
+    if request.WhichOneof("prompt") == "token_ids":
+        return TokenPrompt(request.token_ids.ids)
+    return TextPrompt(request.text)
+
+
+def _metadata(context: Context) -> tuple[tuple[str, str | bytes], ...]:
+    return tuple(context.invocation_metadata() or ())

@@ -1,0 +1,254 @@
+"""Which workers there are: who registered, how their links stand, and what may be placed on them.
+
+A worker id names one worker; a new epoch or a new address is a new incarnation of it, which replaces the old
+one at once. Whatever a link brings is passed to the placement and the dispatcher here.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from headrace.v1 import cluster_pb2, worker_pb2
+from router.core.admission import check_request_id
+from router.core.failures import Code, Failure, Rejection, Stage, invalid
+from router.core.fleet import Identity, Role, WorkerFacts, WorkerRef, WorkerState
+from router.core.placement import PlacementState
+from router.dispatcher import Dispatcher
+from router.requests import RequestKey
+from router.workers import LinkSettings, WorkerLink, WrongWorker
+
+logger = logging.getLogger(__name__)
+
+MAX_WORKERS = 4096
+
+_ROLES = {
+    worker_pb2.ROLE_PREFILL: Role.PREFILL,
+    worker_pb2.ROLE_DECODE: Role.DECODE,
+    worker_pb2.ROLE_BOTH: Role.BOTH,
+}
+_STATES = {
+    worker_pb2.WORKER_STATE_SERVING: WorkerState.SERVING,
+    worker_pb2.WORKER_STATE_NO_NEW: WorkerState.NO_NEW,
+    worker_pb2.WORKER_STATE_KV_ONLY: WorkerState.KV_ONLY,
+    worker_pb2.WORKER_STATE_GONE: WorkerState.GONE,
+}
+
+
+class Switchboard:
+    """The links by incarnation: how the dispatcher reaches a worker."""
+
+    def __init__(self) -> None:
+        self._links: dict[WorkerRef, WorkerLink] = {}
+
+    def add(self, link: WorkerLink) -> None:
+        self._links[link.ref] = link
+
+    def remove(self, link: WorkerLink) -> None:
+        if self._links.get(link.ref) is link:
+            del self._links[link.ref]
+
+    def send(self, ref: WorkerRef, message: worker_pb2.RouterMessage) -> None:
+        """Queues a message; to a worker that is gone it does nothing."""
+        link = self._links.get(ref)
+        if link is not None:
+            link.send(message)
+
+    def acknowledge(self, ref: WorkerRef, key: worker_pb2.RequestKey, choice: int, next_index: int) -> None:
+        """Says, soon and together with others, which tokens need not be kept."""
+        link = self._links.get(ref)
+        if link is not None:
+            link.acknowledge(key, choice, next_index)
+
+
+class Membership:
+    """Workers by id. Lives on the router's event loop; a `LinkObserver`."""
+
+    def __init__(
+        self,
+        settings: LinkSettings,
+        switchboard: Switchboard,
+        placement: PlacementState[RequestKey],
+        dispatcher: Dispatcher,
+        tokenizer_digest: str,
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+    ) -> None:
+        """`on_change` is called whenever a worker came, went or changed its state."""
+        self._settings = settings
+        self._switchboard = switchboard
+        self._placement = placement
+        self._dispatcher = dispatcher
+        self._tokenizer_digest = tokenizer_digest
+        self._clock = clock
+        self._on_change = on_change
+        self._links: dict[str, WorkerLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def register(self, worker_id: str, epoch: int, address: str) -> bool:
+        """Dials a worker that announced itself; True once a stream to this very incarnation is open.
+
+        Raises:
+            Rejection: the announcement makes no sense, or there are too many workers.
+        """
+        _check_announcement(worker_id, epoch, address)
+        ref = WorkerRef(worker_id, epoch)
+        known = self._links.get(worker_id)
+        if known is not None and not known.is_lost:
+            if known.ref == ref and known.address == address:
+                return known.connected
+            self._close(known)
+            self._forget(known, "a new incarnation registered")
+        elif known is None:
+            self._make_room()
+        link = WorkerLink(ref, address, self._settings, self, self._clock)
+        self._links[worker_id] = link
+        link.start()
+        return False
+
+    async def close(self) -> None:
+        """Ends every link."""
+        await asyncio.gather(*(link.close() for link in self._links.values()), *self._closing)
+
+    def rows(self) -> list[cluster_pb2.WorkerStatus]:
+        """Every worker as an operator sees it, those lost lately too."""
+        return [self._row(link) for link in self._links.values()]
+
+    # --- LinkObserver ------------------------------------------------------------------------------------
+
+    def joined(self, link: WorkerLink, hello: worker_pb2.WorkerHello) -> None:
+        """The worker may get requests, if its tokens mean what the router's do."""
+        facts = _facts(link.ref, hello)
+        if facts.identity.tokenizer_digest != self._tokenizer_digest:
+            link.last_error = (
+                f"not placed: its tokenizer {facts.identity.tokenizer_digest!r} is not the router's "
+                f"{self._tokenizer_digest!r}"
+            )
+            logger.error("worker %s: %s", link.ref.worker_id, link.last_error)
+            return
+        try:
+            self._placement.add(facts, _STATES.get(hello.state, WorkerState.SERVING))
+        except ValueError as error:
+            raise WrongWorker(str(error)) from None
+        self._switchboard.add(link)
+        self._on_change()
+        self._dispatcher.on_joined()
+
+    def out_of_touch(self, link: WorkerLink) -> None:
+        """Nothing new goes there; what it has waits for the grace."""
+        self._placement.set_connected(link.ref, False)
+        self._on_change()
+
+    def back(self, link: WorkerLink) -> None:
+        """Its requests go on."""
+        self._placement.set_connected(link.ref, True)
+        self._on_change()
+        self._dispatcher.on_back(link.ref)
+
+    def lost(self, link: WorkerLink, reason: str) -> None:
+        """Its requests fail."""
+        self._forget(link, reason)
+
+    def message(self, link: WorkerLink, message: worker_pb2.WorkerMessage) -> None:
+        """Passes a worker's message on."""
+        match message.WhichOneof("message"):
+            case "step":
+                self._dispatcher.on_step(link.ref, message.step)
+            case "reserved":
+                self._dispatcher.on_reserved(link.ref, message.reserved)
+            case "prefill_finished":
+                self._dispatcher.on_prefill_finished(link.ref, message.prefill_finished)
+            case "failed":
+                self._dispatcher.on_failed(link.ref, message.failed)
+            case "report":
+                self._reported(link, message.report)
+            case other:
+                logger.warning("worker %s sent %s, which means nothing here", link.ref.worker_id, other)
+
+    # -----------------------------------------------------------------------------------------------------
+
+    def _reported(self, link: WorkerLink, report: worker_pb2.WorkerReport) -> None:
+        link.report = report
+        worker = self._placement.worker(link.ref)
+        if worker is None:
+            return
+        state = _STATES.get(report.state, WorkerState.SERVING)
+        changed = worker.state is not state
+        self._placement.report(
+            link.ref,
+            state=state,
+            free_blocks=report.free_blocks,
+            num_sequences=report.running_sequences + report.waiting_sequences,
+        )
+        if changed:
+            self._on_change()
+        self._dispatcher.pump()
+
+    def _forget(self, link: WorkerLink, reason: str) -> None:
+        self._placement.remove(link.ref)
+        self._switchboard.remove(link)
+        self._on_change()
+        self._dispatcher.on_lost(link.ref, reason)
+
+    def _close(self, link: WorkerLink) -> None:
+        task = asyncio.create_task(link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _make_room(self) -> None:
+        if len(self._links) < MAX_WORKERS:
+            return
+        lost = next((worker_id for worker_id, link in self._links.items() if link.is_lost), None)
+        if lost is None:
+            raise Rejection(
+                Failure(
+                    code=Code.RESOURCE_EXHAUSTED,
+                    stage=Stage.ADMISSION,
+                    cause="TOO_MANY_WORKERS",
+                    message=f"{MAX_WORKERS} workers are registered already",
+                )
+            )
+        del self._links[lost]
+
+    def _row(self, link: WorkerLink) -> cluster_pb2.WorkerStatus:
+        worker = self._placement.worker(link.ref)
+        unpaired = self._placement.unpaired_reason(worker) if worker is not None else ""
+        return cluster_pb2.WorkerStatus(
+            address=link.address,
+            connected=link.connected,
+            hello=link.hello or worker_pb2.WorkerHello(worker_id=link.ref.worker_id, epoch=link.ref.epoch),
+            report=link.report,
+            connected_s=self._clock() - link.connected_at_s if link.connected else 0.0,
+            last_error=link.last_error or unpaired,
+        )
+
+
+def _check_announcement(worker_id: str, epoch: int, address: str) -> None:
+    if not worker_id:
+        raise invalid("BAD_WORKER", "worker_id is empty")
+    check_request_id(worker_id)
+    if epoch == 0:
+        raise invalid("BAD_WORKER", "epoch is 0; it must be random")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise invalid("BAD_WORKER", f"address {address[:128]!r} is not host:port")
+
+
+def _facts(ref: WorkerRef, hello: worker_pb2.WorkerHello) -> WorkerFacts:
+    role = _ROLES.get(hello.role)
+    if role is None:
+        raise WrongWorker("its WorkerHello names no role")
+    return WorkerFacts(
+        ref=ref,
+        role=role,
+        identity=Identity(
+            weights_digest=hello.identity.weights_digest,
+            tokenizer_digest=hello.identity.tokenizer_digest,
+            arithmetic=hello.identity.arithmetic,
+            layout=hello.identity.layout,
+            handoff_major=hello.identity.handoff_major,
+        ),
+        block_tokens=hello.block_tokens,
+        num_blocks=hello.num_blocks,
+        max_sequences=hello.max_sequences,
+        max_context=hello.max_context,
+    )

@@ -1,0 +1,185 @@
+"""One request and those who listen to it.
+
+A `Request` is what the router keeps of a request from the call until it is forgotten; an `Attachment` is one
+client reading its answer. Both live on the router's event loop, and are changed there only.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from headrace.v1 import inference_pb2 as pb
+from headrace.v1 import worker_pb2
+from router.core.answer import Answer, Reader
+from router.core.failures import Failure, Rejection, Stage
+from router.core.fleet import Demand, WorkerRef
+from router.core.lifecycle import Lifecycle
+from router.core.placement import Placement
+from router.core.queue import Entry
+
+MAX_MESSAGE_BYTES = 64 << 10
+
+
+class RequestKey(NamedTuple):
+    """A request's name: ids are the tenant's own."""
+
+    tenant: str
+    request_id: str
+
+
+class Timer(Protocol):
+    """What `call_later` gives back."""
+
+    def cancel(self) -> None: ...
+
+
+CallLater = Callable[[float, Callable[[], None]], Timer]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """One request. `deadline_s` is monotonic; `body` digests all that determines the answer; `attempt` is the
+    number of the present placement, or of the last one before the first."""
+
+    key: RequestKey
+    body: bytes
+    seed: int
+    attempt: int
+    deadline_s: float
+    resumable: bool
+    resume_handle: bytes
+    lifecycle: Lifecycle
+    answer: Answer
+    demand: Demand | None = None
+    task: worker_pb2.GenerationTask | None = None
+    accepted: pb.Accepted | None = None
+    entry: Entry[RequestKey] | None = None
+    placement: Placement | None = None
+    lease: worker_pb2.Reserved | None = None
+    prefill: worker_pb2.PrefillFinished | None = None
+    replay_asked: bool = False
+    replay_due: bool = False
+    num_stale: int = 0
+    failure: Failure | None = None
+    done: pb.Done | None = None
+    attachments: "list[Attachment]" = field(default_factory=list)
+    deadline_timer: Timer | None = None
+    orphan_timer: Timer | None = None
+    report_timer: Timer | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.lifecycle.is_over
+
+    @property
+    def stage(self) -> Stage:
+        """What a failure now is called."""
+        return Stage.ADMISSION if self.accepted is None else self.lifecycle.stage
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(self.answer.num_tokens)
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether the same call again begins it anew, instead of telling how it ended."""
+        return self.failure is not None and self.failure.retryable
+
+    @property
+    def wire_key(self) -> worker_pb2.RequestKey:
+        """The present attempt, as workers know it."""
+        return worker_pb2.RequestKey(
+            tenant=self.key.tenant, request_id=self.key.request_id, attempt=self.attempt
+        )
+
+    def runs_on(self, ref: WorkerRef) -> bool:
+        """Whether the present attempt involves that incarnation of a worker."""
+        return self.placement is not None and ref in self.placement.workers
+
+    def wake(self) -> None:
+        """Tells every listener that there is news."""
+        for attachment in self.attachments:
+            attachment.wake()
+
+    def stop_timers(self) -> None:
+        for timer in (self.deadline_timer, self.orphan_timer, self.report_timer):
+            if timer is not None:
+                timer.cancel()
+        self.deadline_timer = self.orphan_timer = self.report_timer = None
+
+
+class Attachment:
+    """One client's place in an answer.
+
+    It holds a position, not messages: what a client has not taken yet is in the request's answer, which every
+    attachment shares, and goes out in as few messages as fit. What was there when the client attached is a
+    replay; only what comes later counts as the client's lag.
+    """
+
+    def __init__(self, request: Request, next_index: int, clock: Callable[[], float]) -> None:
+        self.request = request
+        self._reader = Reader(request.answer, next_index)
+        self._replay_bytes = self._reader.lag_bytes
+        self._news = asyncio.Event()
+        self._clock = clock
+        self._taken_s = clock()
+        self._waiting = False
+        self._accepted_sent = False
+        self._ended = False
+        self._dropped: Failure | None = None
+
+    @property
+    def lag_bytes(self) -> int:
+        """How far the client is behind what came since it attached."""
+        return min(self._reader.lag_bytes, self._reader.total_bytes - self._replay_bytes)
+
+    def is_stalled(self, now: float, limit_s: float) -> bool:
+        """Whether the client has taken nothing for that long, although there was something to take."""
+        return self._reader.has_more and now - self._taken_s > limit_s
+
+    def wake(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._taken_s = self._clock()
+            self._news.set()
+
+    def drop(self, failure: Failure) -> None:
+        """Ends this attachment alone; the client hears of it when it takes what is on its way to it."""
+        self._dropped = failure
+        self._reader = Reader(Answer(0), 0)
+        self.wake()
+
+    async def next(self) -> list[pb.GenerateResponse] | None:
+        """The next messages for the client, when there are any; None after the last.
+
+        Waits no longer than until the request's deadline, which ends it.
+
+        Raises:
+            Rejection: the request failed, or this client was dropped.
+        """
+        while True:
+            messages = self._take()
+            if messages or self._ended:
+                return messages or None
+            self._waiting = True
+            self._news.clear()
+            await self._news.wait()
+
+    def _take(self) -> list[pb.GenerateResponse]:
+        request = self.request
+        if self._dropped is not None:
+            raise Rejection(self._dropped, request.key.request_id, request.attempt)
+        self._taken_s = self._clock()
+        if request.accepted is not None and not self._accepted_sent:
+            self._accepted_sent = True
+            return [pb.GenerateResponse(accepted=request.accepted)]
+        messages = self._reader.read(MAX_MESSAGE_BYTES)
+        if messages:
+            return messages
+        if request.failure is not None:
+            raise Rejection(request.failure, request.key.request_id, request.attempt)
+        if request.done is not None and not self._ended:
+            self._ended = True
+            return [pb.GenerateResponse(done=request.done)]
+        return []

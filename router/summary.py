@@ -1,0 +1,44 @@
+"""What the router says of a request when it is over: its usage and where its time went."""
+
+from headrace.v1 import inference_pb2 as pb
+from router.requests import Request
+
+
+def done_message(request: Request, now: float) -> pb.Done:
+    """Usage and timing of a finished request, from its own clock and what the workers told."""
+    return pb.Done(usage=_usage(request), timing=_timing(request, now))
+
+
+def _usage(request: Request) -> pb.Usage:
+    prompt_tokens = request.demand.num_prompt_tokens if request.demand else 0
+    usage = pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=sum(request.answer.num_tokens))
+    if request.prefill is not None:
+        usage.computed_tokens = request.prefill.computed_tokens
+        usage.transferred_tokens = request.prefill.transferred_tokens
+        usage.kv_bytes = request.prefill.kv_bytes
+        usage.wire_bytes = request.prefill.wire_bytes
+    elif request.lease is not None:
+        usage.computed_tokens = prompt_tokens - request.lease.cached_tokens
+    usage.cached_tokens = max(0, prompt_tokens - usage.computed_tokens)
+    return usage
+
+
+def _timing(request: Request, now: float) -> pb.Timing:
+    times = request.lifecycle.times(now)
+    timing = pb.Timing(
+        queue_s=times.queue_s,
+        reserve_s=times.reserve_s,
+        prefill_s=times.prefill_s,
+        decode_s=times.decode_s,
+        ttft_s=times.ttft_s,
+        total_s=times.total_s,
+        first_step_s=times.first_step_s,
+    )
+    if request.prefill is not None:
+        timing.prefill_s = request.prefill.prefill_s
+        timing.transfer_s = request.prefill.transfer_s
+        timing.handoff_s = request.prefill.handoff_s
+    if request.placement is not None:
+        timing.decode_worker = request.placement.decode.worker_id
+        timing.prefill_worker = (request.placement.prefill or request.placement.decode).worker_id
+    return timing

@@ -1,0 +1,290 @@
+"""The connection to one incarnation of a worker: dial, hello, messages both ways, redial within a grace.
+
+    REGISTERED → CONNECTED ⇄ OUT_OF_TOUCH → LOST
+
+The reader hands each message on at once and never waits for a client. What is to be sent waits in a bounded
+queue; a worker that does not read until it is full is treated like one whose stream broke. What was under way
+when a stream broke is not kept, except cancels: when the same incarnation is back, the dispatcher says anew
+what each request needs, since every message is idempotent.
+
+Liveness is the stream's: HTTP/2 pings find a worker that is frozen or cut off.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+
+from headrace.v1 import worker_pb2, worker_pb2_grpc
+from router.auth import CLUSTER_TOKEN_KEY
+from router.core.fleet import WorkerRef
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_VERSION = 1
+HELLO_TIMEOUT_S = 5.0
+REDIAL_S = 0.1
+ACKNOWLEDGE_S = 0.05
+MAX_QUEUED_MESSAGES = 8192
+MAX_QUEUED_BYTES = 256 << 20
+MAX_MESSAGE_BYTES = 64 << 20
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A redial must try the network again at once, not wait out the back-off of an older channel.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+Session: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]"
+
+
+class LinkBroken(Exception):
+    """The stream ended or could not be opened; says why."""
+
+
+class WrongWorker(Exception):
+    """Whoever answers at the address is not the worker that registered; redialling will not help."""
+
+
+class LinkObserver(Protocol):
+    """Who is told what happens on a link. Nothing here may wait."""
+
+    def joined(self, link: "WorkerLink", hello: worker_pb2.WorkerHello) -> None:
+        """The first stream is open. Raises WrongWorker where the hello cannot be accepted."""
+
+    def out_of_touch(self, link: "WorkerLink") -> None: ...
+
+    def back(self, link: "WorkerLink") -> None:
+        """The same incarnation is connected again."""
+
+    def lost(self, link: "WorkerLink", reason: str) -> None:
+        """The last word of a link."""
+
+    def message(self, link: "WorkerLink", message: worker_pb2.WorkerMessage) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSettings:
+    """What all links of a router share."""
+
+    router_id: str
+    router_epoch: int
+    token: str
+    grace_s: float
+
+
+class WorkerLink:
+    """One worker incarnation's link. Lives on the router's event loop."""
+
+    def __init__(
+        self,
+        ref: WorkerRef,
+        address: str,
+        settings: LinkSettings,
+        observer: LinkObserver,
+        clock: Callable[[], float],
+    ) -> None:
+        self.ref = ref
+        self.address = address
+        self.hello: worker_pb2.WorkerHello | None = None
+        self.report: worker_pb2.WorkerReport | None = None
+        self.connected = False
+        self.is_lost = False
+        self.connected_at_s = 0.0
+        self.last_error = ""
+        self._settings = settings
+        self._observer = observer
+        self._clock = clock
+        self._outgoing: deque[worker_pb2.RouterMessage] = deque()
+        self._outgoing_bytes = 0
+        self._seen: dict[tuple[str, str, int, int], tuple[worker_pb2.RequestKey, int]] = {}
+        self._seen_due = False
+        self._news = asyncio.Event()
+        self._call: Session | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"link {self.ref.worker_id}")
+
+    async def close(self) -> None:
+        """Ends the link without a word to the observer."""
+        self.connected = False
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def send(self, message: worker_pb2.RouterMessage) -> None:
+        """Queues a message; while the worker is out of touch, only cancels are kept."""
+        if not self.connected and not message.HasField("cancel"):
+            return
+        self._outgoing.append(message)
+        self._outgoing_bytes += message.ByteSize()
+        self._news.set()
+        if len(self._outgoing) > MAX_QUEUED_MESSAGES or self._outgoing_bytes > MAX_QUEUED_BYTES:
+            self.last_error = "the worker does not read what it is sent"
+            self._keep_cancels()
+            if self._call is not None:
+                self._call.cancel()
+
+    def acknowledge(self, key: worker_pb2.RequestKey, choice: int, next_index: int) -> None:
+        """Notes which tokens the worker need not keep; told in a batch."""
+        if not self.connected:
+            return
+        if not self._seen:
+            asyncio.get_running_loop().call_later(ACKNOWLEDGE_S, self._acknowledgements_due)
+        self._seen[key.tenant, key.request_id, key.attempt, choice] = (key, next_index)
+
+    def _acknowledgements_due(self) -> None:
+        self._seen_due = True
+        self._news.set()
+
+    async def _run(self) -> None:
+        deadline_s = self._clock() + self._settings.grace_s
+        while True:
+            try:
+                await self._session()
+            except WrongWorker as error:
+                return self._lose(str(error))
+            except LinkBroken as error:
+                self.last_error = self.last_error or str(error)
+            if self.connected:
+                self.connected = False
+                deadline_s = self._clock() + self._settings.grace_s
+                self._keep_cancels()
+                logger.warning("worker %s is out of touch: %s", self.ref.worker_id, self.last_error)
+                self._observer.out_of_touch(self)
+            if self._clock() >= deadline_s:
+                return self._lose(self.last_error)
+            await asyncio.sleep(REDIAL_S)
+
+    def _lose(self, reason: str) -> None:
+        self.last_error = reason
+        self.connected = False
+        self.is_lost = True
+        logger.warning("worker %s is lost: %s", self.ref.worker_id, reason)
+        self._observer.lost(self, reason)
+
+    async def _session(self) -> None:
+        """One stream, from dialling to its end, which is always a LinkBroken or WrongWorker."""
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+            call: Session = stub.Session(metadata=((CLUSTER_TOKEN_KEY, self._settings.token),))
+            self._call = call
+            writer: asyncio.Task[None] | None = None
+            try:
+                hello = await self._exchange_hellos(call)
+                self._accept(hello)
+                writer = asyncio.create_task(self._write(call))
+                await self._read(call)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                raise LinkBroken(_describe(error)) from None
+            except asyncio.CancelledError:
+                if _is_being_cancelled():
+                    raise
+                raise LinkBroken("the stream was given up") from None
+            finally:
+                self._call = None
+                call.cancel()
+                if writer is not None:
+                    writer.cancel()
+                    await asyncio.gather(writer, return_exceptions=True)
+
+    async def _exchange_hellos(self, call: Session) -> worker_pb2.WorkerHello:
+        hello = worker_pb2.RouterHello(
+            router_id=self._settings.router_id, router_epoch=self._settings.router_epoch
+        )
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                await call.write(worker_pb2.RouterMessage(hello=hello))
+                first = await call.read()
+        except TimeoutError:
+            raise LinkBroken(f"no WorkerHello within {HELLO_TIMEOUT_S} s") from None
+        if not isinstance(first, worker_pb2.WorkerMessage):
+            raise LinkBroken(f"the worker ended the stream: {await call.details()}")
+        if not first.HasField("hello"):
+            raise WrongWorker("its first message was no WorkerHello")
+        return first.hello
+
+    def _accept(self, hello: worker_pb2.WorkerHello) -> None:
+        if (hello.worker_id, hello.epoch) != (self.ref.worker_id, self.ref.epoch):
+            raise WrongWorker(
+                f"{self.address} is now worker {hello.worker_id!r}, incarnation {hello.epoch:x}"
+            )
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise WrongWorker(
+                f"it speaks protocol version {hello.protocol_version}, this router {PROTOCOL_VERSION}"
+            )
+        is_new = self.hello is None
+        self.hello = hello
+        self.connected = True
+        self.connected_at_s = self._clock()
+        self.last_error = ""
+        if is_new:
+            logger.info("worker %s joined from %s", self.ref.worker_id, self.address)
+            self._observer.joined(self, hello)
+        else:
+            logger.info("worker %s is back", self.ref.worker_id)
+            self._observer.back(self)
+
+    async def _read(self, call: Session) -> None:
+        while True:
+            message = await call.read()
+            if not isinstance(message, worker_pb2.WorkerMessage):
+                raise LinkBroken(f"the worker ended the stream: {await call.details()}")
+            try:
+                self._observer.message(self, message)
+            except Exception:
+                # One message that cannot be handled must not cost the requests of the whole link.
+                logger.exception("a %s message could not be handled", message.WhichOneof("message"))
+
+    async def _write(self, call: Session) -> None:
+        try:
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                while self._outgoing or self._seen_due:
+                    await call.write(self._next())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            call.cancel()  # the reader sees the end, and tells why
+
+    def _next(self) -> worker_pb2.RouterMessage:
+        if self._outgoing:
+            message = self._outgoing.popleft()
+            self._outgoing_bytes -= message.ByteSize()
+            return message
+        seen = [
+            worker_pb2.TokensSeen(key=key, choice=name[-1], next_index=next_index)
+            for name, (key, next_index) in self._seen.items()
+        ]
+        self._seen.clear()
+        self._seen_due = False
+        return worker_pb2.RouterMessage(acknowledge=worker_pb2.AcknowledgeTokens(seen=seen))
+
+    def _keep_cancels(self) -> None:
+        self._outgoing = deque(message for message in self._outgoing if message.HasField("cancel"))
+        self._outgoing_bytes = sum(message.ByteSize() for message in self._outgoing)
+        self._seen.clear()
+        self._seen_due = False
+        if self._outgoing:
+            self._news.set()
+
+
+def _is_being_cancelled() -> bool:
+    """Whether the task, and not just the call that it waits for, was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _describe(error: Any) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,168 @@
+"""A token is a function of the tokens before it alone: batch, chunks, prefix hits and preemption change nothing."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from engine.engine import Engine, EngineOptions
+from engine.events import PrefillDone
+from engine.request import FinishReason, SamplingParams
+from kvtransfer.layouts import pieces_for
+from tests.engine_driver import ROOT_KEY, Driver, answer
+from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.integration
+
+MAX_CONTEXT = 1024
+BLOCK_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_context=MAX_CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def roomy(model_dir: Path) -> Engine:
+    """An engine with room for everything and chunks of its own; its prefix cache must not change anything either."""
+    return open_engine(model_dir, chunk_tokens=512)
+
+
+def open_engine(model_dir: Path, **options: object) -> Engine:
+    defaults: dict[str, object] = {"max_context": MAX_CONTEXT, "kv_bytes": 32 << 20, "num_threads": 1}
+    return Engine.open(model_dir, EngineOptions(**{**defaults, **options}))  # type: ignore[arg-type]
+
+
+def kv_bytes_of(model_dir: Path, num_blocks: int) -> int:
+    return open_engine(model_dir).layout.num_bytes(BLOCK_TOKENS) * num_blocks
+
+
+def prompts(count: int, seed: int, longest: int = 700) -> list[list[int]]:
+    """Random prompts of many lengths; every third shares a long prefix with the first of its kind."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(4, 270) for _ in range(300)]
+    made = []
+    for index in range(count):
+        length = rng.choice([1, 2, 5, 17, 63, 64, 65, 130, 255, 256, 257, rng.randrange(1, longest)])
+        tokens = [rng.randrange(4, 270) for _ in range(length)]
+        made.append(shared[: rng.randrange(100, 300)] + tokens[:50] if index % 3 == 0 else tokens)
+    return made
+
+
+def samplings(count: int) -> list[SamplingParams]:
+    kinds = [
+        SamplingParams(temperature=0.0, max_tokens=90),
+        SamplingParams(temperature=0.9, top_p=0.9, seed=11, max_tokens=80),
+        SamplingParams(temperature=1.1, top_k=20, min_p=0.01, seed=12, max_tokens=30, repetition_penalty=1.1),
+        SamplingParams(temperature=0.7, seed=13, max_tokens=70, n=3, frequency_penalty=0.4),
+    ]
+    return [kinds[index % len(kinds)] for index in range(count)]
+
+
+def test_the_probe_finds_the_contract_kept(model_dir: Path) -> None:
+    assert open_engine(model_dir).invariant
+
+
+def test_64_interleaved_requests_equal_each_run_alone(model_dir: Path, roomy: Engine) -> None:
+    rng = random.Random(7)
+    requests = list(zip(prompts(64, seed=1), samplings(64), strict=True))
+    tight = open_engine(model_dir, kv_bytes=kv_bytes_of(model_dir, 22), chunk_tokens=96)
+    driver = Driver(tight)
+    waiting = list(enumerate(requests))
+    rng.shuffle(waiting)
+    while waiting or tight.has_work():
+        while waiting and rng.random() < 0.6 and driver.start(waiting[0][0], *waiting[0][1]):
+            waiting.pop(0)
+        driver.step()
+    assert tight.scheduler.num_preemptions > 0
+    assert sum(1 for cached in driver.cached_tokens.values() if cached) > 3
+
+    for number, (prompt, sampling) in enumerate(requests):
+        alone = answer(roomy, prompt, sampling)
+        together = driver.outcomes[number]
+        assert [o.token_ids for o in together] == [o.token_ids for o in alone], f"request {number}"
+    stats = tight.pool.stats()
+    assert (stats.private, stats.pins, stats.owners, tight.num_leases) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 100, 1024])
+def test_chunk_size_changes_nothing(model_dir: Path, roomy: Engine, chunk_tokens: int) -> None:
+    prompt = prompts(2, seed=3)[1] * 3
+    sampling = SamplingParams(temperature=0.8, seed=5, max_tokens=20, logprobs=3)
+    cut = answer(open_engine(model_dir, chunk_tokens=chunk_tokens), prompt[:400], sampling)
+    whole = answer(roomy, prompt[:400], sampling)
+    assert cut == whole
+
+
+def test_threads_change_nothing(model_dir: Path) -> None:
+    prompt = prompts(5, seed=4)[4][:300]
+    sampling = SamplingParams(temperature=0.8, seed=5, max_tokens=20, logprobs=3)
+    one = answer(open_engine(model_dir, num_threads=1), prompt, sampling)
+    two = answer(open_engine(model_dir, num_threads=2), prompt, sampling)
+    assert one == two
+
+
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 256, 300])
+def test_a_handed_over_prompt_goes_on_as_if_computed_here(
+    model_dir: Path, roomy: Engine, num_tokens: int
+) -> None:
+    prompt = [(index * 31 + 7) % 260 + 4 for index in range(num_tokens)]
+    sampling = SamplingParams(temperature=0.9, seed=21, max_tokens=16, n=2)
+    here, there = open_engine(model_dir, chunk_tokens=50), open_engine(model_dir, chunk_tokens=128)
+    lease, local = b"d" * 16, b"p" * 16
+    there.reserve(lease, prompt, 2, ROOT_KEY)
+    here.reserve(local, prompt, 2, ROOT_KEY)
+    here.submit(local, prompt, sampling, prefill_only=True)
+    first = []
+    while here.has_work():
+        first += [event.first for event in here.step().events if isinstance(event, PrefillDone)]
+    for piece in pieces_for(here.layout, range(num_tokens)):
+        there.cache.scatter(lease, piece, here.cache.gather(local, piece))
+    there.adopt(lease, prompt, sampling, first[0])
+    answers = [[drawn.token_id] for drawn in first[0]]
+    while there.has_work():
+        for event in there.step().events:
+            answers[event.choice].append(event.drawn.token_id)  # type: ignore[union-attr, index]
+    for engine, owner in ((here, local), (there, lease)):
+        engine.release(owner)
+        assert engine.pool.stats().private == 0
+    alone = answer(roomy, prompt, sampling)
+    assert answers == [outcome.token_ids for outcome in alone]
+
+
+def test_nan_ends_its_own_request_and_leaves_no_trace(tmp_path: Path) -> None:
+    poisoned = make_tiny_model(tmp_path / "nan", max_context=MAX_CONTEXT, nan_token_id=9)
+    engine = open_engine(poisoned, kv_bytes=kv_bytes_of(poisoned, 18))
+    good = SamplingParams(temperature=0.0, max_tokens=8, logit_bias=((9, -100.0),))
+    prompt = [20 + index % 200 for index in range(150)]
+    expected = answer(engine, prompt, good)
+    driver = Driver(engine)
+    driver.start(1, [30 + index for index in range(70)], good)
+    driver.start(2, [9] * 100, good)
+    driver.run()
+    assert driver.outcomes[2][0].failure == "NAN_LOGITS"
+    assert driver.outcomes[1][0].finish is FinishReason.LENGTH
+    for repeat in range(20):  # soon every block has been the failed request's
+        assert answer(engine, [repeat + 10, *prompt[1:]], good)[0].failure is None
+    assert answer(engine, prompt, good) == expected
+
+
+def test_release_in_mid_step_gives_blocks_back_when_the_step_is_applied(model_dir: Path) -> None:
+    engine = open_engine(model_dir)
+    lease = b"x" * 16
+    engine.reserve(lease, [5] * 200, 1, ROOT_KEY)
+    engine.submit(lease, [5] * 200, SamplingParams(max_tokens=4), prefill_only=False)
+    forward = engine.runner.forward
+
+    def release_while_computing(batch):  # type: ignore[no-untyped-def]
+        engine.release(lease)
+        assert engine.pool.stats().private > 0
+        return forward(batch)
+
+    engine.runner.forward = release_while_computing  # type: ignore[method-assign]
+    assert engine.step().events == ()
+    assert engine.pool.stats().private == 0
+    assert not engine.has_work()

@@ -1,0 +1,143 @@
+"""Layouts: which entries are live, and how a token range is cut into pieces."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtransfer.coverage import find_gap
+from kvtransfer.layouts import (
+    CacheLayout,
+    Field,
+    Paged,
+    Piece,
+    Plane,
+    Window,
+    pieces_for,
+    window_pieces_for,
+)
+
+pytestmark = pytest.mark.unit
+
+GQA = CacheLayout(
+    (
+        Plane("k", 30, Paged(1), 3, (Field("k", 64, "float32"),)),
+        Plane("v", 30, Paged(1), 3, (Field("v", 64, "float32"),)),
+    ),
+    block_tokens=16,
+)
+
+
+@pytest.mark.parametrize(
+    ("window", "num_tokens", "live"),
+    [
+        (Window(128, 1), 0, (0, 0)),
+        (Window(128, 1), 100, (0, 100)),
+        (Window(128, 1), 1000, (873, 1000)),
+        (Window(8, 4), 3, (0, 3)),
+        (Window(8, 4), 4, (0, 4)),
+        (Window(8, 4), 9, (4, 9)),
+        (Window(8, 4), 12, (8, 12)),
+        (Window(128, 128), 256, (256, 256)),
+        (Window(128, 128), 300, (256, 300)),
+        (Window(1, 1), 7, (7, 7)),
+    ],
+)
+def test_live_rows_of_a_window(window: Window, num_tokens: int, live: tuple[int, int]) -> None:
+    plane = Plane("w", 1, window, 1, (Field("x", 1, "float32"),))
+    assert plane.live(num_tokens) == range(*live)
+
+
+def test_an_entry_of_several_tokens_is_live_once_all_of_them_are() -> None:
+    plane = Plane("latent", 1, Paged(4), 1, (Field("x", 1, "float32"),))
+    assert [len(plane.live(n)) for n in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
+
+
+def test_bytes_of_a_mixed_record() -> None:
+    plane = Plane("v4", 2, Paged(4), 1, (Field("nope", 448, "float8_e4m3"), Field("rope", 64, "bfloat16")))
+    layout = CacheLayout((plane,), 64)
+    assert plane.record_bytes == 576
+    assert layout.entry_bytes("v4") == 576
+    assert layout.num_bytes(9) == 2 * 2 * 576
+    assert Piece("v4", range(2), range(1), range(1, 3)).num_bytes(layout) == 4 * 576
+
+
+def test_identity_covers_planes_and_dtypes_but_not_the_block_size() -> None:
+    narrower = Plane("v", 30, Paged(1), 3, (Field("v", 64, "bfloat16"),))
+    assert CacheLayout(GQA.planes, 64).identity() == GQA.identity()
+    assert CacheLayout((GQA.planes[0], narrower), 16).identity() != GQA.identity()
+    assert CacheLayout(GQA.planes[::-1], 16).identity() != GQA.identity()
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        Piece("k", range(29, 31), range(3), range(4)),
+        Piece("k", range(30), range(4), range(4)),
+        Piece("k", range(0), range(3), range(4)),
+        Piece("k", range(30), range(3), range(4, 4)),
+        Piece("k", range(-1, 3), range(3), range(4)),
+        Piece("other", range(30), range(3), range(4)),
+    ],
+)
+def test_a_piece_outside_of_the_layout_is_told(piece: Piece) -> None:
+    with pytest.raises(ValueError, match="plane"):
+        GQA.check(piece)
+
+
+def test_bad_declarations_are_told() -> None:
+    with pytest.raises(ValueError, match="unknown dtype 'float31'; known are float32"):
+        Field("x", 1, "float31")
+    with pytest.raises(ValueError, match="align"):
+        Window(4, 8)
+    with pytest.raises(ValueError, match="same name"):
+        CacheLayout((GQA.planes[0], GQA.planes[0]), 16)
+    with pytest.raises(KeyError, match="no plane 'q'"):
+        GQA.plane("q")
+
+
+fields = st.builds(Field, st.just("x"), st.integers(1, 32), st.sampled_from(["float32", "bfloat16", "uint8"]))
+windows = st.tuples(st.integers(1, 40), st.integers(1, 40)).map(lambda p: Window(max(p), min(p)))
+kinds = st.one_of(st.builds(Paged, st.sampled_from([1, 2, 4, 16])), windows)
+planes = st.builds(
+    Plane, st.uuids().map(str), st.integers(1, 8), kinds, st.integers(1, 4), st.tuples(fields, fields)
+)
+layouts = st.lists(planes, min_size=1, max_size=4).map(lambda several: CacheLayout(tuple(several), 16))
+
+
+@settings(deadline=None, max_examples=60)
+@given(layouts, st.lists(st.integers(0, 80), min_size=1, max_size=5), st.integers(1, 4000))
+def test_pieces_of_consecutive_chunks_tile_the_sequence(
+    layout: CacheLayout, chunks: list[int], target: int
+) -> None:
+    pieces: list[Piece] = []
+    done = 0
+    for chunk in chunks:
+        pieces += pieces_for(layout, range(done, done + chunk), target)
+        done += chunk
+    pieces += window_pieces_for(layout, done, target)
+
+    assert find_gap(layout, pieces, 0, done) is None
+    assert sum(piece.num_bytes(layout) for piece in pieces) == layout.num_bytes(done)
+    for piece in pieces:
+        layout.check(piece)
+        one_entry = layout.entry_bytes(piece.plane)
+        assert piece.num_bytes(layout) <= max(target, one_entry)
+
+
+def test_a_chunk_is_cut_into_pieces_of_about_a_mebibyte() -> None:
+    pieces = pieces_for(GQA, range(512))
+    sizes = [piece.num_bytes(GQA) for piece in pieces]
+    assert sum(sizes) == GQA.num_bytes(512)
+    assert (1 << 19) < min(sizes) <= max(sizes) <= 1 << 20
+
+
+def test_gaps_and_overlaps_are_named() -> None:
+    pieces = pieces_for(GQA, range(512))
+    assert find_gap(GQA, pieces, 0, 512) is None
+    assert "did not land" in str(find_gap(GQA, pieces[1:], 0, 512))
+    assert "did not land" in str(find_gap(GQA, pieces, 0, 513))
+    assert "beyond the sequence" in str(find_gap(GQA, pieces, 0, 511))
+    assert "not asked for" in str(find_gap(GQA, pieces, 16, 512))
+    assert "landed twice" in str(find_gap(GQA, [*pieces, pieces[3]], 0, 512))
+    assert find_gap(GQA, pieces_for(GQA, range(64, 512)), 64, 512) is None
+    assert find_gap(GQA, [], 512, 512) is None

@@ -1,0 +1,146 @@
+"""The scheduler computes every position of every sequence once it has room, answers first."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.pool import BlockPool
+from engine.request import SamplingParams, Sequence, SequenceStatus
+from engine.scheduler import Scheduler, StepPlan, owner_of
+
+pytestmark = pytest.mark.unit
+
+BLOCK = 4
+
+
+def make(num_blocks: int, chunk_tokens: int = 8, max_sequences: int = 8) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks, BLOCK), chunk_tokens, max_sequences)
+
+
+def admit(scheduler: Scheduler, name: str, num_prompt: int, seed: int = 0) -> Sequence:
+    rng = random.Random(seed)
+    tokens = [rng.randrange(100) for _ in range(num_prompt)]
+    sequence = Sequence(0, name.encode(), 0, tokens, num_prompt, SamplingParams(), root_key=b"root")
+    keys = scheduler.prefix_keys(b"root", tokens)
+    hit = scheduler.pool.open(owner_of(sequence), keys, scheduler.pool.blocks_for(num_prompt + 1))
+    assert hit is not None
+    sequence.num_computed = hit * BLOCK
+    scheduler.add(sequence)
+    return sequence
+
+
+def run(scheduler: Scheduler, plan: StepPlan) -> None:
+    """What the engine does with a plan, drawing a token that depends on the position alone."""
+    for row in plan.rows:
+        scheduler.computed(row)
+        if row.draws:
+            row.sequence.tokens.append(row.sequence.num_tokens % 97)
+
+
+def rows(plan: StepPlan) -> list[tuple[str, int, int]]:
+    return [(row.sequence.lease_id.decode(), row.start, row.num_tokens) for row in plan.rows]
+
+
+def test_a_prompt_is_cut_into_chunks_and_draws_at_its_end() -> None:
+    scheduler = make(8)
+    admit(scheduler, "a", 13)
+    first = scheduler.schedule()
+    run(scheduler, first)
+    second = scheduler.schedule()
+    assert rows(first) == [("a", 0, 8)]
+    assert rows(second) == [("a", 8, 5)]
+    assert [row.draws for row in (*first.rows, *second.rows)] == [False, True]
+
+
+def test_answers_go_before_prompts_and_do_not_eat_their_budget() -> None:
+    scheduler = make(16)
+    admit(scheduler, "a", 3)
+    run(scheduler, scheduler.schedule())
+    admit(scheduler, "b", 20, seed=1)
+    assert rows(scheduler.schedule()) == [("a", 3, 1), ("b", 0, 8)]
+
+
+def test_short_prompts_share_a_chunk_in_order_of_arrival() -> None:
+    scheduler = make(16)
+    for index, name in enumerate("abc"):
+        admit(scheduler, name, 3, seed=index)
+    assert rows(scheduler.schedule()) == [("a", 0, 3), ("b", 0, 3), ("c", 0, 2)]
+
+
+def test_a_cached_prefix_is_not_computed_again_but_the_last_token_is() -> None:
+    scheduler = make(16)
+    first = admit(scheduler, "a", 9, seed=5)
+    run(scheduler, scheduler.schedule())
+    run(scheduler, scheduler.schedule())
+    scheduler.remove(first, SequenceStatus.FINISHED)
+    scheduler.pool.close(owner_of(first))
+    again = admit(scheduler, "b", 8, seed=5)
+    assert again.num_computed == 4
+    assert rows(scheduler.schedule()) == [("b", 4, 4)]
+
+
+def test_an_answer_without_room_takes_the_last_arrivals_blocks() -> None:
+    scheduler = make(4)
+    older = admit(scheduler, "a", 7)
+    run(scheduler, scheduler.schedule())
+    newer = admit(scheduler, "b", 6, seed=1)
+    run(scheduler, scheduler.schedule())
+    while newer.status is SequenceStatus.RUNNING:
+        run(scheduler, scheduler.schedule())
+    assert older.status is SequenceStatus.RUNNING
+    assert newer.status is SequenceStatus.PREEMPTED
+    assert newer.num_computed == 0
+    assert scheduler.num_preemptions == 1
+    scheduler.remove(older, SequenceStatus.FINISHED)
+    scheduler.pool.close(owner_of(older))
+    assert [row.sequence for row in scheduler.schedule().rows] == [newer]
+
+
+def test_a_prompt_that_is_pushed_elsewhere_keeps_its_blocks() -> None:
+    scheduler = make(3, chunk_tokens=4)
+    answer = admit(scheduler, "a", 3)
+    run(scheduler, scheduler.schedule())
+    prompt = admit(scheduler, "b", 6, seed=1)
+    prompt.prefill_only = True
+    while answer.status is SequenceStatus.RUNNING:
+        run(scheduler, scheduler.schedule())
+    assert prompt.status is SequenceStatus.RUNNING
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    num_blocks=st.integers(4, 12),
+    arrivals=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 6)), min_size=1, max_size=6),
+    chunk_tokens=st.integers(1, 9),
+)
+def test_every_sequence_ends_whatever_is_preempted(
+    num_blocks: int, arrivals: list[tuple[int, int]], chunk_tokens: int
+) -> None:
+    scheduler = make(num_blocks, chunk_tokens)
+    waiting = [(f"s{i}", prompt, answer) for i, (prompt, answer) in enumerate(arrivals)]
+    ends: dict[str, int] = {}
+    alive: list[Sequence] = []
+    for _ in range(800):
+        if waiting and scheduler.pool.num_available > scheduler.pool.blocks_for(waiting[0][1] + 1):
+            name, num_prompt, num_answer = waiting.pop(0)
+            ends[name] = num_prompt + num_answer
+            alive.append(admit(scheduler, name, num_prompt, seed=len(waiting)))
+        plan = scheduler.schedule()
+        assert sum(row.num_tokens for row in plan.rows if row.num_tokens > 1) <= chunk_tokens
+        run(scheduler, plan)
+        scheduler.pool.check()
+        for sequence in [s for s in alive if s.num_tokens >= ends[s.lease_id.decode()]]:
+            alive.remove(sequence)
+            scheduler.remove(sequence, SequenceStatus.FINISHED)
+            if scheduler.pool.owns(owner_of(sequence)):
+                scheduler.pool.close(owner_of(sequence))
+        if not waiting and not alive:
+            break
+    assert not waiting
+    assert not alive
+    assert scheduler.pool.stats().private == 0
+    assert scheduler.pool.stats().pins == 0

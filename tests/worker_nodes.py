@@ -1,0 +1,136 @@
+"""Whole workers in the test's process, over real gRPC, and ways to hold them still."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.services import services_of
+from engine.engine import Engine
+from engine.events import StepResult
+from tests.scripted_router import SessionClient
+from worker.config import WorkerConfig, WorkerRole
+from worker.node import WorkerNode
+
+SECRET = b"a secret of the test's own cluster"
+MAX_CONTEXT = 512
+PATIENCE_S = 30.0
+
+
+def start_worker(model_dir: Path, role: WorkerRole, **overrides: object) -> WorkerNode:
+    """A worker of a tiny model with room for 128 blocks; `overrides` are WorkerConfig's."""
+    settings: dict[str, object] = {
+        "worker_id": f"{role}-worker",
+        "max_context": MAX_CONTEXT,
+        "chunk_tokens": 64,
+        "max_sequences": 16,
+        "kv_bytes": 4 << 20,
+        **overrides,
+    }
+    config = WorkerConfig(role=role, model_dir=model_dir, cluster_secret=SECRET, **settings)
+    node = WorkerNode(config, services_of(role))
+    node.start()
+    return node
+
+
+@contextmanager
+def worker(model_dir: Path, role: WorkerRole, **overrides: object) -> Iterator[WorkerNode]:
+    """A running worker that is stopped afterwards, and must have held nothing while idle."""
+    node = start_worker(model_dir, role, **overrides)
+    try:
+        yield node
+        assert node.num_idle_violations == 0
+    finally:
+        node.stop()
+
+
+@contextmanager
+def session(node: WorkerNode, router_id: str = "router", epoch: int = 1) -> Iterator[SessionClient]:
+    """A router's stream to `node`."""
+    client = SessionClient(node.address, SECRET, router_id, epoch)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def assert_nothing_held(*nodes: WorkerNode) -> None:
+    """Each worker comes to 0 leases, 0 pins and 0 private blocks, and its pool is sound."""
+    deadline = time.monotonic() + PATIENCE_S
+    for node in nodes:
+        while held := _held(node):
+            assert time.monotonic() < deadline, f"{node.config.worker_id} still holds {held}"
+            time.sleep(0.01)
+        with node.engine.lock:
+            node.engine.pool.check()
+
+
+def _held(node: WorkerNode) -> dict[str, int]:
+    report = node.report()
+    counts = {
+        "leases": report.leases,
+        "pins": report.pins,
+        "private blocks": report.private_blocks,
+        "engine leases": node.engine.num_leases,
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def random_prompt(seed: int, num_tokens: int) -> Sequence[int]:
+    """Bytes as tokens: no control tokens."""
+    rng = random.Random(seed)
+    return [rng.randrange(256) for _ in range(num_tokens)]
+
+
+class StepGate:
+    """Lets an engine step only as far as a test allows. Open it before the worker stops."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine_step = engine.step
+        self._permits = threading.Semaphore(0)
+        self._opened = threading.Event()
+        self._waiting = threading.Event()
+        engine.step = self._step  # type: ignore[method-assign]
+
+    def allow(self, num_steps: int) -> None:
+        """So many steps more."""
+        self._permits.release(num_steps)
+
+    def open(self) -> None:
+        """As many steps as there are."""
+        self._opened.set()
+
+    def wait_until_held(self) -> None:
+        """Until the engine stands before a step that it may not take."""
+        self._waiting.clear()
+        assert self._waiting.wait(PATIENCE_S), "the engine never came to the gate"
+
+    def _step(self) -> StepResult:
+        while not self._permits.acquire(timeout=0.01):
+            if self._opened.is_set():
+                break
+            self._waiting.set()
+        return self._engine_step()
+
+
+class ScatterGate:
+    """Holds back KV that arrives at a worker, just before it is written."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._scatter = engine.cache.scatter
+        self._opened = threading.Event()
+        self.reached = threading.Event()
+        engine.cache.scatter = self._held_scatter  # type: ignore[method-assign]
+
+    def open(self) -> None:
+        """Let everything land."""
+        self._opened.set()
+
+    def _held_scatter(self, *arguments: object) -> None:
+        self.reached.set()
+        assert self._opened.wait(PATIENCE_S)
+        self._scatter(*arguments)

@@ -1,0 +1,101 @@
+"""What a worker process is told when it starts. Plain values; knows no YAML, no Ray and no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from kvtransfer.keys import MIN_CLUSTER_SECRET_BYTES
+
+
+class WorkerRole(StrEnum):
+    """Which services a worker offers."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def prefills_for_others(self) -> bool:
+        """Whether the worker takes prompts whose answers another worker decodes."""
+        return self is not WorkerRole.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the worker takes reservations."""
+        return self is not WorkerRole.PREFILL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """One worker's settings.
+
+    Cores are numbers as the operating system counts them; an empty tuple leaves the threads where they
+    are. Ports 0 are chosen by the operating system.
+
+    Raises ValueError, naming the setting, for a value that cannot work.
+    """
+
+    worker_id: str
+    role: WorkerRole
+    model_dir: Path
+    cluster_secret: bytes = field(repr=False)
+    precision: str = "auto"
+    kv_dtype: str = "auto"
+    max_context: int = 8192
+    """Tokens of prompt and answer together."""
+    chunk_tokens: int = 512
+    max_sequences: int = 64
+    kv_bytes: int = 1 << 30
+    cpus: tuple[int, ...] = ()
+    """The engine thread's cores; their number is the number of compute threads (1 where empty)."""
+    service_cpus: tuple[int, ...] = ()
+    """Every other thread's cores."""
+    device: str = "cpu"
+    routers: tuple[str, ...] = ()
+    """Addresses (host:port) of the routers to register with."""
+    host: str = "127.0.0.1"
+    """Listened on, and announced to routers and other workers."""
+    port: int = 0
+    kv_port: int = 0
+    fidelity: str = "exact"
+    codec: str = "raw"
+    lease_ttl_s: float = 10.0
+    """A lease expires this long after its last push or renewal."""
+    resume_grace_s: float = 10.0
+    """Requests of a router whose stream broke are cancelled unless resumed within this time."""
+    max_prompts: int = 2
+    """Prompts that a prefill worker computes or holds ready: the running one and one more."""
+    prompt_window_tokens: int = 4096
+    """Short prompts that together stay within it may be more."""
+    report_interval_s: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without opening the model."""
+        positive = {
+            "max_context": self.max_context,
+            "chunk_tokens": self.chunk_tokens,
+            "max_sequences": self.max_sequences,
+            "kv_bytes": self.kv_bytes,
+            "lease_ttl_s": self.lease_ttl_s,
+            "resume_grace_s": self.resume_grace_s,
+            "max_prompts": self.max_prompts,
+            "prompt_window_tokens": self.prompt_window_tokens,
+            "report_interval_s": self.report_interval_s,
+        }
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"WorkerConfig.{name} must be above 0, not {value}")
+        if not self.worker_id:
+            raise ValueError("WorkerConfig.worker_id must not be empty")
+        if len(self.cluster_secret) < MIN_CLUSTER_SECRET_BYTES:
+            raise ValueError(
+                f"WorkerConfig.cluster_secret must have at least {MIN_CLUSTER_SECRET_BYTES} bytes, "
+                f"not {len(self.cluster_secret)}"
+            )
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads of the engine."""
+        return max(1, len(self.cpus))

@@ -1,0 +1,161 @@
+"""Leases and their blocks, changed together: the lease table and the engine under the engine's lock.
+
+Every way in which a lease ends comes through here, so that its blocks are given back exactly once, and not
+while somebody still reads them (`hold`). Knows no request beyond its name and no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from headrace.v1 import kvtransfer_pb2
+from kvtransfer.desk import LeaseDesk
+from kvtransfer.lease_types import Refused, RequestId
+from kvtransfer.leases import LeaseTable
+from kvtransfer.transports.seam import HandoffRefused
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+NO_CAPACITY = "NO_CAPACITY"
+LOST_CAUSES = {"TTL": "LEASE_EXPIRED", "DEADLINE": DEADLINE_EXCEEDED}
+"""Causes that the lease table gives, as a request's failure is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A lease with blocks under it."""
+
+    lease_id: bytes
+    cached_tokens: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NotReserved:
+    """Why there is no lease. `cause` is UPPER_SNAKE."""
+
+    cause: str
+    message: str
+    retryable: bool
+
+
+class LeaseKeeper:
+    """One role's leases on one engine. Every method takes the engine's lock; any thread may call.
+
+    The role sets two hooks, both called under the lock, on any thread. `on_lost(lease_id, cause)`: a lease's
+    memory is given back; a role that ended the lease itself has forgotten it by then. `on_commit(lease_id,
+    handoff)`: all that a handoff names has landed; raises HandoffRefused where it does not fit.
+    """
+
+    def __init__(self, table: LeaseTable, engine: Engine, ttl_s: float) -> None:
+        self.desk = LeaseDesk(table, engine.lock, self._reclaim)
+        self.counters = table.counters
+        self.on_lost: Callable[[bytes, str], None] = lambda _lease_id, _cause: None
+        self.on_commit: Callable[[bytes, kvtransfer_pb2.Handoff], None] = _refuse_commit
+        self._table = table
+        self._engine = engine
+        self._ttl_s = ttl_s
+        self._held: set[bytes] = set()
+        self._due: set[bytes] = set()
+
+    @property
+    def num_live(self) -> int:
+        """Leases that hold memory, or whose memory is still being read."""
+        with self._engine.lock:
+            return self._table.num_held + len(self._due)
+
+    def grant(
+        self, request: RequestId, attempt: int, remaining_s: float, *, local: bool
+    ) -> bytes | NotReserved:
+        """A lease id without blocks, for `reserve` to follow."""
+        with self.desk.change() as table:
+            granted = table.grant(request, attempt, ttl_s=self._ttl_s, remaining_s=remaining_s, local=local)
+        if isinstance(granted, Refused):
+            return NotReserved(granted.refusal.value, granted.message, retryable=False)
+        return granted.lease_id
+
+    def reserve(
+        self, lease_id: bytes, prompt: Sequence[int], num_choices: int, root_key: bytes
+    ) -> int | None:
+        """Blocks for a granted lease; returns the prompt tokens found cached, or None without room."""
+        with self.desk.change() as table:
+            cached_tokens = self._engine.reserve(lease_id, prompt, num_choices, root_key)
+            if cached_tokens is not None:
+                table.hold_prefix(lease_id, cached_tokens)
+            return cached_tokens
+
+    def open(
+        self,
+        request: RequestId,
+        attempt: int,
+        remaining_s: float,
+        prompt: Sequence[int],
+        num_choices: int,
+        root_key: bytes,
+        *,
+        local: bool,
+    ) -> Reservation | NotReserved:
+        """A lease and its blocks in one step, or neither."""
+        with self._engine.lock:
+            lease_id = self.grant(request, attempt, remaining_s, local=local)
+            if isinstance(lease_id, NotReserved):
+                return lease_id
+            cached_tokens = self.reserve(lease_id, prompt, num_choices, root_key)
+            if cached_tokens is None:
+                self.release(lease_id, NO_CAPACITY)
+                text = f"no room for a prompt of {len(prompt)} tokens and {num_choices} choices now"
+                return NotReserved(NO_CAPACITY, text, retryable=True)
+            return Reservation(lease_id, cached_tokens, self._ttl_s)
+
+    def release(self, lease_id: bytes, cause: str = "") -> None:
+        """End a lease in whatever state it is. Idempotent."""
+        with self.desk.change() as table:
+            table.release(lease_id, cause)
+            self._engine.stop(lease_id)
+
+    def cancel(self, request: RequestId, attempt: int, cause: str) -> None:
+        """End an attempt, also one that is not known yet."""
+        with self.desk.change() as table:
+            table.cancel(request, attempt, cause)
+
+    def sweep(self) -> None:
+        """End what is past its time."""
+        with self.desk.change() as table:
+            table.expire()
+            for lease_id in table.overdue():
+                table.release(lease_id, DEADLINE_EXCEEDED)
+
+    def commit(self, lease_id: bytes, handoff: kvtransfer_pb2.Handoff) -> None:
+        """Pass a handoff on to the role. Raises HandoffRefused."""
+        self.on_commit(lease_id, handoff)
+
+    def hold(self, lease_id: bytes) -> None:
+        """Keep a lease's blocks, however it ends, until `unhold`: another thread reads them."""
+        with self._engine.lock:
+            self._held.add(lease_id)
+
+    def unhold(self, lease_id: bytes) -> None:
+        """Nobody reads the lease's blocks any more."""
+        with self._engine.lock:
+            self._held.discard(lease_id)
+            if lease_id in self._due:
+                self._due.discard(lease_id)
+                self._engine.release(lease_id)
+
+    def _reclaim(self, lease_ids: list[bytes]) -> None:
+        for lease_id in lease_ids:
+            lease = self._table.get(lease_id)
+            if lease_id in self._held:
+                self._engine.stop(lease_id)
+                self._due.add(lease_id)
+            else:
+                self._engine.release(lease_id)
+            self.on_lost(lease_id, lease.cause if lease else "")
+
+
+def _refuse_commit(_lease_id: bytes, _handoff: kvtransfer_pb2.Handoff) -> None:
+    raise HandoffRefused("WRONG_ROLE", "this worker does not decode")
