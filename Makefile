@@ -7,12 +7,15 @@ MODEL := smollm2-135m-instruct
 PROTOS := $(wildcard protos/headrace/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo up down test test-all chaos lint format protos bench clean
+.DELETE_ON_ERROR:
+.PHONY: help setup model demo up down test test-all chaos lint format protos clean
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Headrace needs Python 3.11 or later: make PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (some minutes the first time) …"
 	@$(BIN)/pip install --quiet --upgrade 'pip>=25'

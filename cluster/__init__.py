@@ -1,0 +1,1 @@
+"""Profiles, plans, Ray actors, the model store, the `headrace` command. Alone imports Ray."""

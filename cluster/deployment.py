@@ -6,7 +6,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,24 @@ def driver(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def refuse_namesakes(names: Collection[str]) -> None:
+    """Raises ClusterError where this Ray runs actors of Headrace by these names."""
+    for name in names:
+        with suppress(ValueError):
+            ray.get_actor(name, namespace=NAMESPACE)
+            raise ClusterError(
+                f"this Ray runs an actor {name!r} of Headrace already; "
+                "stop that cluster with `headrace down` where it was started"
+            )
+
+
 def start_actors(wiring: Wiring, home: Path | None) -> dict[str, Any]:
     """Start the router's actor and every worker's; returns their handles by name, before they are ready.
 
     `home` is passed on as HEADRACE_HOME where it means something on the actors' machines: on this one.
-    Raises ClusterError where actors of these names run already.
     """
     home_variable = {"HEADRACE_HOME": str(home)} if home is not None else {}
     plan = wiring.plan
-    _refuse_namesakes([ROUTER_NAME, *(worker.worker_id for worker in plan.workers)])
     started = {
         ROUTER_NAME: _options(RouterActor, ROUTER_NAME, plan.router.node, home_variable).remote(
             wiring.router_config(), plan.router.cpus
@@ -106,7 +115,7 @@ def stop_actors(names: Collection[str]) -> None:
     for name in names:
         with suppress(ValueError):
             handles[name] = ray.get_actor(name, namespace=NAMESPACE)
-    stopping = [actor.stop.remote() for actor in handles.values()]
+    stopping: list[Any] = [actor.stop.remote() for actor in handles.values()]
     if stopping:
         ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
     for actor in handles.values():
@@ -137,16 +146,6 @@ def _options(
         runtime_env={"env_vars": dict(variables)},
         scheduling_strategy=strategy,
     )
-
-
-def _refuse_namesakes(names: Sequence[str]) -> None:
-    for name in names:
-        with suppress(ValueError):
-            ray.get_actor(name, namespace=NAMESPACE)
-            raise ClusterError(
-                f"this Ray runs an actor {name!r} of Headrace already; "
-                "stop that cluster with `headrace down` where it was started"
-            )
 
 
 def _require_listener(address: str) -> None:

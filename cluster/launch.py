@@ -16,8 +16,9 @@ from pathlib import Path
 from cluster import local_ray
 from cluster.errors import ClusterError, NotRunningError
 from cluster.machine import this_machine
+from cluster.memory import ModelFacts
 from cluster.model_store import ModelStoreError, read_manifest, resolve
-from cluster.plan import ClusterPlan, ModelFacts, plan
+from cluster.plan import ClusterPlan, plan
 from cluster.problems import ProfileError
 from cluster.profile import LoadedProfile
 from cluster.progress import Progress, Silent
@@ -32,6 +33,7 @@ from cluster.state import (
     write_state,
 )
 from cluster.wiring import Wiring
+from engine.models.config import ModelConfig, ModelConfigError
 from worker.affinity import pin_process
 
 START_TIMEOUT_S = 300.0
@@ -112,17 +114,24 @@ class FoundModel:
 
 
 def find_model(loaded: LoadedProfile, home: Path | None = None) -> FoundModel:
-    """Look the profile's model up. Raises ProfileError, at its place, for one that is not there."""
+    """Look the profile's model up.
+
+    Raises ProfileError, at its place, for one that is not there or that the engine does not know.
+    """
     reference = loaded.profile.model.path
     if reference.startswith(("~", ".")) or "/" in reference:
         reference = str((Path(loaded.file).parent / Path(reference).expanduser()).resolve())
     try:
         directory = resolve(reference, home)
         manifest = read_manifest(directory)
-    except ModelStoreError as error:
+        config = ModelConfig.open(directory)
+    except (ModelStoreError, ModelConfigError) as error:
         raise ProfileError([loaded.problem(("model", "path"), str(error))]) from error
-    weights_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    facts = ModelFacts(weights_bytes=weights_bytes, max_context=manifest.max_context)
+    facts = ModelFacts(
+        weights_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        max_context=manifest.max_context,
+        kv_values_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim,
+    )
     return FoundModel(reference, manifest.name, facts)
 
 
@@ -145,7 +154,7 @@ class _Launch:
             self.run_dir,
             num_cpus=len(machine.cores),
             num_gpus=len(machine.gpu_memory_bytes),
-            cores=planned.router.cpus,
+            cores=machine.cores,
         )
         wiring = self._wiring(planned)
         state = self._state(wiring, ray.address, ray)
@@ -154,11 +163,13 @@ class _Launch:
 
         with driver(ray.address):
             self.progress.end("ray", f"on {ray.address}, for this machine only")
-            return self._bring_up(wiring, state, home=self.run_dir.parent)
+            pids = self._bring_up(wiring, state, home=self.run_dir.parent)
+        local_ray.move(ray, planned.router.cpus, but=pids)
+        return self._ready(state, wiring)
 
     def on_joined_ray(self, address: str) -> ClusterState:
         """On a Ray cluster that is up already."""
-        from cluster.deployment import driver
+        from cluster.deployment import driver, refuse_namesakes
         from cluster.joined_ray import cluster_nodes
 
         self.progress.begin("ray", f"joining {address}")
@@ -169,18 +180,24 @@ class _Launch:
                 raise ProfileError([self.loaded.problem(("router", "grpc"), message)])
             self.progress.end("ray", f"joined {address}")
             state = self._state(wiring, address, None)
-            return self._bring_up(wiring, state, home=None)
+            # Before the state says that these actors are ours to end.
+            refuse_namesakes(state.actors)
+            write_state(self.run_dir, state)
+            self._bring_up(wiring, state, home=None)
+        return self._ready(state, wiring)
 
-    def _bring_up(self, wiring: Wiring, state: ClusterState, home: Path | None) -> ClusterState:
+    def _bring_up(self, wiring: Wiring, state: ClusterState, home: Path | None) -> set[int]:
+        """Start every actor and wait until all serve; returns their process ids."""
         from cluster.deployment import start_actors, wait_for_actors
 
         actors = start_actors(wiring, home)
-        state = dataclasses.replace(state, actors=tuple(actors))
-        write_state(self.run_dir, state)
-        wait_for_actors(actors, self.run_dir, self.deadline_s, self.progress)
+        facts = wait_for_actors(actors, self.run_dir, self.deadline_s, self.progress)
         self.progress.begin("cluster", "waiting for the router to reach every worker")
         workers = [name for name in actors if name != ROUTER_NAME]
         wait_until_serving(wiring.router_address, wiring.cluster_secret, workers, self.deadline_s)
+        return {each.pid for each in facts.values()}
+
+    def _ready(self, state: ClusterState, wiring: Wiring) -> ClusterState:
         self.progress.end("cluster", f"serving at {wiring.router_address}")
         state = dataclasses.replace(state, ready=True)
         write_state(self.run_dir, state)
@@ -198,6 +215,7 @@ class _Launch:
             cluster_secret=wiring.cluster_secret.hex(),
             ray_address=address,
             local_ray=ray,
+            actors=(ROUTER_NAME, *(worker.worker_id for worker in wiring.plan.workers)),
             client_cpus=wiring.plan.router.cpus if ray is not None else (),
         )
 

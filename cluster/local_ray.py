@@ -26,7 +26,7 @@ from cluster.errors import ClusterError
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's minimum is 75 MiB. Headrace puts nothing into it: KV and tokens travel by gRPC."""
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 5.0
 CLOCK_SLACK_S = 2.0
 """When a process started is computed from the time of boot, which shifts as the clock is set."""
 LOOPBACK = "127.0.0.1"
@@ -83,7 +83,7 @@ def set_environment(run_dir: Path) -> None:
 
 
 def start(run_dir: Path, *, num_cpus: int, num_gpus: int, cores: Collection[int]) -> LocalRay:
-    """Start Ray with its processes on `cores`, which every actor inherits until it moves itself.
+    """Start Ray, on all of `cores` so that it starts fast; `move` it when the engines need theirs.
 
     Raises ClusterError, with the end of Ray's log, if it does not come up in time.
     """
@@ -112,6 +112,18 @@ def start(run_dir: Path, *, num_cpus: int, num_gpus: int, cores: Collection[int]
     return local_ray
 
 
+def move(local_ray: LocalRay, cores: Collection[int], *, but: Collection[int]) -> None:
+    """Run Ray's processes, and what they start from now on, on `cores`; the process ids in `but` see to
+    themselves."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        return
+    for _ in range(2):  # again for what was started meanwhile by one that had not moved yet
+        for process in local_ray.processes():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                for thread in process.threads() if process.pid not in but else ():
+                    os.sched_setaffinity(thread.id, cores)
+
+
 def stop(local_ray: LocalRay) -> None:
     """End every process of its session and remove its files. Harmless where it has ended before.
 
@@ -119,13 +131,15 @@ def stop(local_ray: LocalRay) -> None:
     """
     if local_ray.is_running():
         with suppress(ProcessLookupError):
-            os.kill(local_ray.pid, signal.SIGTERM)
-    for signal_number, timeout_s in ((signal.SIGTERM, STOP_TIMEOUT_S / 2), (signal.SIGKILL, STOP_TIMEOUT_S)):
-        if _wait_until_empty(local_ray, timeout_s):
+            os.kill(local_ray.pid, signal.SIGTERM)  # Ray's own order of ending
+    ended = _wait_until_empty(local_ray, STOP_TIMEOUT_S if local_ray.is_running() else 0.0)
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        if ended:
             break
         for process in local_ray.processes():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal_number)
+        ended = _wait_until_empty(local_ray, STOP_TIMEOUT_S)
     if left := [process.pid for process in local_ray.processes()]:
         raise ClusterError(f"Ray's processes {left} do not end; end them by hand")
     shutil.rmtree(local_ray.temp_dir, ignore_errors=True)

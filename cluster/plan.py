@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.cores import CoreDemand, CoreDivision, divide
+from cluster.memory import ModelFacts, Numbers, format_gib, memory_problems, settle_kv_bytes, settle_numbers
 from cluster.placement import Node, Placed, place
 from cluster.problems import KeyPath, Problem, ProfileError, one_of
 from cluster.profile import LoadedProfile, is_loopback, split_address
@@ -18,17 +19,6 @@ from worker.config import WorkerRole
 
 PRECISIONS = ("float32", "bfloat16")
 """What the engine of this version computes in."""
-DEFAULT_MAX_CONTEXT = 8192
-_KV_STEP_BYTES = 64 << 20
-_KV_MOST_BYTES = 2 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What is known of the prepared model; zeros where it is not at hand."""
-
-    weights_bytes: int = 0
-    max_context: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,26 +97,26 @@ def plan(loaded: LoadedProfile, nodes: Sequence[Node], model: ModelFacts = Model
     placed, unplaceable = place(loaded, nodes)
     if problems or unplaceable:
         raise ProfileError([*problems, *unplaceable])
+    numbers = settle_numbers(loaded.profile.model, model, on_gpu=bool(placed[0].gpus))
+    kv_bytes = settle_kv_bytes(loaded, placed, numbers, model)
     divisions = _divisions(placed, nodes)
-    kv_bytes = _kv_bytes(loaded, placed, model)
     workers = tuple(_worker(slot, divisions[slot.node.address], kv_bytes[slot.group]) for slot in placed)
     host, port = split_address(loaded.profile.router.grpc)
     router = RouterPlan(node=nodes[0], cpus=divisions[nodes[0].address].service, host=host, port=port)
     problems = [
-        *_mixed_devices(loaded, workers),
-        *_memory_problems(loaded, workers, model),
+        *_mixed_devices(loaded, placed),
+        *memory_problems(loaded, placed, kv_bytes, numbers, model),
         *_router_problems(loaded, workers, router),
     ]
     if problems:
         raise ProfileError(problems)
-    precision = _precision(loaded, workers)
     return ClusterPlan(
         workers=workers,
         router=router,
-        precision=precision,
-        kv_dtype=_kv_dtype(loaded, precision),
-        max_context=_max_context(loaded, model),
-        derived=_derived(loaded, workers, precision, model),
+        precision=numbers.precision,
+        kv_dtype=numbers.kv_dtype,
+        max_context=numbers.max_context,
+        derived=_derived(loaded, workers, numbers, model),
         notices=tuple(_notices(loaded)),
     )
 
@@ -188,53 +178,13 @@ def _worker(slot: Placed, division: CoreDivision, kv_bytes: int) -> WorkerPlan:
     )
 
 
-def _kv_bytes(loaded: LoadedProfile, placed: Sequence[Placed], model: ModelFacts) -> dict[str, int]:
-    """Of each group: what the profile says, else what fits on the smallest of its machines."""
-    return {
-        name: group.kv_memory or min(_kv_room(slot, placed, model) for slot in placed if slot.group == name)
-        for name, group in loaded.profile.groups()
-    }
-
-
-def _kv_room(slot: Placed, placed: Sequence[Placed], model: ModelFacts) -> int:
-    """A GPU's memory beside the weights, less a fifth for activations; on a CPU a modest share, because
-    the machine has other things to do."""
-    if slot.gpus:
-        room = min(slot.node.gpu_memory_bytes) * 4 // 5 - model.weights_bytes
-    else:
-        neighbours = sum(other.node == slot.node for other in placed)
-        room = min(slot.node.memory_bytes // (4 * neighbours), _KV_MOST_BYTES)
-    return max(room // _KV_STEP_BYTES, 1) * _KV_STEP_BYTES
-
-
-def _mixed_devices(loaded: LoadedProfile, workers: Sequence[WorkerPlan]) -> Iterator[Problem]:
-    on_gpu = {worker.group for worker in workers if worker.gpus}
-    on_cpu = {worker.group for worker in workers if not worker.gpus}
+def _mixed_devices(loaded: LoadedProfile, placed: Sequence[Placed]) -> Iterator[Problem]:
+    on_gpu = {slot.group for slot in placed if slot.gpus}
+    on_cpu = {slot.group for slot in placed if not slot.gpus}
     if on_gpu and on_cpu:
         message = f"{one_of(sorted(on_gpu))} would run on GPUs and {one_of(sorted(on_cpu))} on CPUs"
         expected = "the same kind everywhere, since their arithmetic differs"
         yield loaded.problem((max(on_cpu), "resources", "gpus"), message, expected=expected)
-
-
-def _memory_problems(
-    loaded: LoadedProfile, workers: Sequence[WorkerPlan], model: ModelFacts
-) -> Iterator[Problem]:
-    for node in dict.fromkeys(worker.node for worker in workers if not worker.gpus):
-        here = [worker for worker in workers if worker.node == node and not worker.gpus]
-        wanted = sum(worker.kv_bytes + model.weights_bytes for worker in here)
-        if wanted > node.memory_bytes:
-            largest = max(here, key=lambda worker: worker.kv_bytes)
-            message = (
-                f"{len(here)} workers on {node.name} want {format_gib(wanted)} of KV blocks and weights, "
-                f"it has {format_gib(node.memory_bytes)}"
-            )
-            yield loaded.problem((largest.group, "kv_memory"), message)
-    for worker in workers:
-        if worker.gpus and worker.kv_bytes + model.weights_bytes > min(worker.node.gpu_memory_bytes):
-            have = format_gib(min(worker.node.gpu_memory_bytes))
-            message = f"{format_size(worker.kv_bytes)} and the weights do not fit into a GPU with {have}"
-            yield loaded.problem((worker.group, "kv_memory"), message)
-            break
 
 
 def _router_problems(
@@ -247,41 +197,21 @@ def _router_problems(
         yield loaded.problem(("router", "grpc"), message, expected=expected)
 
 
-def _precision(loaded: LoadedProfile, workers: Sequence[WorkerPlan]) -> str:
-    asked = loaded.profile.model.precision
-    if asked != "auto":
-        return asked
-    return "bfloat16" if workers[0].gpus else "float32"
-
-
-def _kv_dtype(loaded: LoadedProfile, precision: str) -> str:
-    asked = loaded.profile.model.kv_dtype
-    if asked != "auto":
-        return asked
-    return "float32" if precision == "float32" else "bfloat16"
-
-
-def _max_context(loaded: LoadedProfile, model: ModelFacts) -> int:
-    return loaded.profile.model.max_context or min(
-        DEFAULT_MAX_CONTEXT, model.max_context or DEFAULT_MAX_CONTEXT
-    )
-
-
 def _derived(
-    loaded: LoadedProfile, workers: Sequence[WorkerPlan], precision: str, model: ModelFacts
+    loaded: LoadedProfile, workers: Sequence[WorkerPlan], numbers: Numbers, model: ModelFacts
 ) -> dict[KeyPath, Derived]:
     """The values that depend on the machine or the model, for those who want to see them."""
     wanted = loaded.profile.model
     found: dict[KeyPath, Derived] = {}
     if wanted.precision == "auto":
-        found["model", "precision"] = Derived(precision, f"auto, on {workers[0].device}")
+        found["model", "precision"] = Derived(numbers.precision, f"auto, on {workers[0].device}")
     if wanted.kv_dtype == "auto":
-        found["model", "kv_dtype"] = Derived(_kv_dtype(loaded, precision), f"auto, with {precision} weights")
+        found["model", "kv_dtype"] = Derived(numbers.kv_dtype, f"auto, with {numbers.precision} weights")
     if wanted.max_context is None:
         reason = (
             f"the model was made for {model.max_context}" if model.max_context else "the model is not at hand"
         )
-        found["model", "max_context"] = Derived(str(_max_context(loaded, model)), reason)
+        found["model", "max_context"] = Derived(str(numbers.max_context), reason)
     for name, group in loaded.profile.groups():
         members = [worker for worker in workers if worker.group == name]
         counts = sorted({len(worker.cpus) for worker in members})
@@ -312,8 +242,3 @@ def _notices(loaded: LoadedProfile) -> Iterator[Problem]:
     if profile.kvtransfer.fidelity != "exact":
         message = f'no codec of class "{profile.kvtransfer.fidelity}" is built yet; KV travels exact'
         yield loaded.problem(("kvtransfer", "fidelity"), message)
-
-
-def format_gib(size_bytes: int) -> str:
-    """`23.4GiB`."""
-    return f"{size_bytes / 2**30:.1f}GiB"

@@ -11,11 +11,13 @@ or in a batch gives the same bits (engine/probe.py checks it at start). Flash at
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from engine.batch import TILE_TOKENS, AnswerTiles, ChunkTiles, StepBatch
 
 ROW_TILE = 4
 MASKED = -1e30  # finite: a row that a tile masks whole then weighs exactly 0 instead of NaN
+SMALLEST_EXPONENT, SMALLEST_WEIGHT = -80.0, 1.81e-35  # the second just above exp of the first
 EXP_LANES = 16  # one vector: shorter runs would take the scalar exponential, which rounds differently
 
 
@@ -46,20 +48,28 @@ class PagedAttention:
 
     def _answers(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: AnswerTiles) -> torch.Tensor:
         queries = self._grouped(q).transpose(0, 1)  # [kv heads, S, group, D]
-        queries = _pad_rows(queries).index_select(1, tiles.sequence_of_tile)
+        queries = _pad_rows(queries)
+        if len(tiles.runs) > 1:
+            queries = queries.index_select(1, tiles.sequence_of_tile)
         keys, values = self._tiles(k, tiles.blocks), self._tiles(v, tiles.blocks)
         o, m, total = _tile(queries, keys, values, tiles.masked)
-        peak = m[:, : tiles.num_rows].clone()
-        for first, count in tiles.runs[1:]:
-            torch.maximum(peak[:, :count], m[:, first : first + count], out=peak[:, :count])
-        weight = _exp_column(m - peak.index_select(1, tiles.sequence_of_tile))
-        o, total = o.mul_(weight), total.mul_(weight)
+        if len(tiles.runs) > 1:  # else all weights are exactly 1
+            self._weigh(o, m, total, tiles)
         acc, norm = o[:, : tiles.num_rows], total[:, : tiles.num_rows]
         for first, count in tiles.runs[1:]:
             acc[:, :count] += o[:, first : first + count]
             norm[:, :count] += total[:, first : first + count]
         result = (acc / norm)[:, :, : self._group]
         return result.transpose(0, 1).reshape(q.shape[0], -1)
+
+    def _weigh(self, o: torch.Tensor, m: torch.Tensor, total: torch.Tensor, tiles: AnswerTiles) -> None:
+        """Bring every tile's output and sum under the maximum of its sequence."""
+        peak = m[:, : tiles.num_rows].clone()
+        for first, count in tiles.runs[1:]:
+            torch.maximum(peak[:, :count], m[:, first : first + count], out=peak[:, :count])
+        weight = _exp_column(m - peak.index_select(1, tiles.sequence_of_tile))
+        o.mul_(weight)
+        total.mul_(weight)
 
     def _chunk(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: ChunkTiles) -> torch.Tensor:
         # Rows in order of position, the heads of a group side by side: [kv heads, n · group, D].
@@ -120,16 +130,25 @@ def _tile(
     if masked is not None:
         scores.masked_fill_(masked, MASKED)
     peak = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(peak).exp_()
+    weights = _exp_(scores.sub_(peak))
     return torch.matmul(weights, values), peak, weights.sum(dim=-1, keepdim=True)
 
 
 def _pad_rows(queries: torch.Tensor) -> torch.Tensor:
     """Zero rows up to a multiple of ROW_TILE along the second last axis."""
     missing = -queries.shape[-2] % ROW_TILE
-    return torch.nn.functional.pad(queries, (0, 0, 0, missing)) if missing else queries.contiguous()
+    return F.pad(queries, (0, 0, 0, missing)) if missing else queries.contiguous()
 
 
 def _exp_column(x: torch.Tensor) -> torch.Tensor:
     """exp of [..., 1], each value computed in a whole vector of its own."""
-    return x.expand(*x.shape[:-1], EXP_LANES).contiguous().exp_()[..., :1]
+    return _exp_(x.expand(*x.shape[:-1], EXP_LANES).contiguous())[..., :1]
+
+
+def _exp_(x: torch.Tensor) -> torch.Tensor:
+    """exp in place, x ≤ 0; exactly 0 from SMALLEST_EXPONENT down.
+
+    The vectorized exponential takes results near the end of float32's range one by one, twenty times as slow;
+    half of a causal mask would go that way.
+    """
+    return F.threshold_(x.clamp_(min=SMALLEST_EXPONENT).exp_(), SMALLEST_WEIGHT, 0.0)

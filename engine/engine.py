@@ -25,6 +25,8 @@ from engine.runner import EngineOptions, ModelRunner
 from engine.sampling import SampleFailure, SampleRow, sample
 from engine.scheduler import Scheduler, StepPlan, StepRow, choice_owner, owner_of
 
+LAYER_GROUPS = 6  # reports of a chunk's progress within a step
+
 
 @dataclass(slots=True)
 class _Lease:
@@ -58,6 +60,8 @@ class Engine:
         self._in_flight: set[bytes] = set()
         self._deferred: set[bytes] = set()
         self._sequence_ids = count()
+        self.on_progress: Callable[[StepResult], None] = lambda _result: None
+        """Called on the stepping thread in mid-step with ChunkDone events of some layers; must return at once."""
 
     @classmethod
     def open(
@@ -182,7 +186,7 @@ class Engine:
             batch = self.runner.build(plan)
             self._in_flight = {row.sequence.lease_id for row in plan.rows}
         try:
-            drawn = self._draw(batch)
+            drawn = self._draw(batch, self._layer_reporter(plan, began))
             with self.lock:
                 events = self._apply(plan, drawn)
         finally:
@@ -198,9 +202,27 @@ class Engine:
             step_s=self._clock() - began,
         )
 
-    def _draw(self, batch: StepBatch) -> dict[int, list[Drawn | SampleFailure]]:
+    def _layer_reporter(self, plan: StepPlan, began: float) -> Callable[[int], None]:
+        """Says how far the chunks that go elsewhere are, a few times a step, so that they can leave in mid-step."""
+        pushed = [
+            (row.sequence.lease_id, row.start + row.num_tokens)
+            for row in plan.rows
+            if row.sequence.prefill_only
+        ]
+        group = -(-self.config.num_layers // LAYER_GROUPS)
+
+        def after_layer(num_layers: int) -> None:
+            if pushed and num_layers % group == 0 and num_layers < self.config.num_layers:
+                events = tuple(ChunkDone(lease_id, end, num_layers) for lease_id, end in pushed)
+                self.on_progress(StepResult(events=events, step_s=self._clock() - began))
+
+        return after_layer
+
+    def _draw(
+        self, batch: StepBatch, after_layer: Callable[[int], None]
+    ) -> dict[int, list[Drawn | SampleFailure]]:
         """Run the model and draw: by sequence id, one token, or for a prompt's end one per choice."""
-        logits = self.runner.forward(batch)
+        logits = self.runner.forward(batch, after_layer)
         rows: list[SampleRow] = []
         sources: list[int] = []
         for index, row in enumerate(batch.drawing):

@@ -19,10 +19,14 @@ class TokenDrawn:
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone:
-    """The KV of positions [0, num_tokens) of a sequence computed for another worker is in the cache."""
+    """KV of a sequence computed for another worker is in the cache: of positions [0, num_tokens), all layers.
+
+    With `num_layers` the chunk that ends at `num_tokens` is that far only: positions before it are whole.
+    """
 
     lease_id: bytes
     num_tokens: int
+    num_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

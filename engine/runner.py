@@ -6,6 +6,7 @@ Knows torch, the model and the cache; knows no requests beyond the rows of a pla
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,10 +91,13 @@ class ModelRunner:
         """The plan's arrays; reads sequences and the pool, so the caller holds the engine's lock."""
         return self._builder.build(plan)
 
-    def forward(self, batch: StepBatch) -> np.ndarray:
-        """Logits [number of drawing rows, vocabulary] float32 in the order of `batch.drawing`."""
+    def forward(self, batch: StepBatch, after_layer: Callable[[int], None] = lambda _: None) -> np.ndarray:
+        """Logits [number of drawing rows, vocabulary] float32 in the order of `batch.drawing`.
+
+        `after_layer(n)`: the step's keys and values of the first n layers are in the cache.
+        """
         with torch.inference_mode():
-            logits = self._model.forward(batch, self.cache)
+            logits = self._model.forward(batch, self.cache, after_layer)
         if logits is None:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
         return logits[: len(batch.drawing)].cpu().numpy()

@@ -205,8 +205,14 @@ class CacheStore(Protocol):
         """Returns when everything scattered so far is visible to the engine's next step."""
 
 
-def pieces_for(layout: CacheLayout, tokens: range, target_bytes: int = DEFAULT_PIECE_BYTES) -> list[Piece]:
-    """Cuts the positions `tokens` of all paged planes into pieces of at most about `target_bytes`.
+def pieces_for(
+    layout: CacheLayout,
+    tokens: range,
+    target_bytes: int = DEFAULT_PIECE_BYTES,
+    layers: range | None = None,
+) -> list[Piece]:
+    """Cuts the positions `tokens` of all paged planes, in all layers or in `layers`, into pieces of at most
+    about `target_bytes`.
 
     Consecutive ranges tile: an entry belongs to the range in which its last token lies. A piece is
     larger than the target only where one entry of one layer already is.
@@ -216,7 +222,7 @@ def pieces_for(layout: CacheLayout, tokens: range, target_bytes: int = DEFAULT_P
         if isinstance(plane.kind, Paged):
             per_entry = plane.kind.tokens_per_entry
             entries = range(tokens.start // per_entry, tokens.stop // per_entry)
-            pieces.extend(_cut(plane, entries, target_bytes))
+            pieces.extend(_cut(plane, entries, target_bytes, layers))
     return pieces
 
 
@@ -231,14 +237,15 @@ def window_pieces_for(
     return pieces
 
 
-def _cut(plane: Plane, entries: range, target_bytes: int) -> Iterator[Piece]:
-    if not entries:
+def _cut(plane: Plane, entries: range, target_bytes: int, layers: range | None = None) -> Iterator[Piece]:
+    wanted = range(plane.layers) if layers is None else layers
+    if not entries or not wanted:
         return
     entry_bytes = plane.heads * plane.record_bytes
     for part in _split(entries, max(1, target_bytes // entry_bytes)):
         layers_per_piece = max(1, target_bytes // (entry_bytes * len(part)))
-        for layers in _split(range(plane.layers), layers_per_piece):
-            yield Piece(plane.name, layers, range(plane.heads), part)
+        for group in _split(wanted, layers_per_piece):
+            yield Piece(plane.name, group, range(plane.heads), part)
 
 
 def _split(whole: range, at_most: int) -> Iterator[range]:

@@ -176,16 +176,16 @@ class PrefillService:
             if prompt is None:
                 continue
             if isinstance(event, ChunkDone):
-                self._push_on(prompt, event.num_tokens, result.step_s)
+                self._push_on(prompt, event, result.step_s)
             elif isinstance(event, PrefillDone):
                 self._hand_over(prompt, event)
             elif isinstance(event, SequenceFailed):
                 self._fail(prompt, "prefill", event.cause, event.message, retryable=False)
 
-    def _push_on(self, prompt: Prompt, num_tokens: int, step_s: float) -> None:
+    def _push_on(self, prompt: Prompt, done: ChunkDone, step_s: float) -> None:
         if prompt.began is None:
             prompt.began = self._context.clock() - step_s
-        prompt.push.advance(num_tokens)
+        prompt.push.advance(done.num_tokens, done.num_layers)
         if prompt.push.error is not None:
             self._fail_transfer(prompt, prompt.push.error)
 

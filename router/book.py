@@ -39,6 +39,8 @@ class RequestBook:
         self._clock = clock
         self._call_later = call_later
         self._requests: dict[RequestKey, Request] = {}
+        self._live: dict[RequestKey, Request] = {}
+        self._attachments: set[Attachment] = set()
         self._ended: OrderedDict[Request, tuple[float, int]] = OrderedDict()
         self._ended_bytes = 0
 
@@ -49,14 +51,14 @@ class RequestBook:
     @property
     def live(self) -> list[Request]:
         """Those that have not ended."""
-        return [request for request in self._requests.values() if not request.is_over]
+        return list(self._live.values())
 
     def begin(self, request: Request) -> None:
         """Enters a request, in place of an ended one of the same name, and starts its deadline."""
         older = self._requests.get(request.key)
         if older is not None:
             self._forget(older)
-        self._requests[request.key] = request
+        self._requests[request.key] = self._live[request.key] = request
         remaining_s = max(0.0, request.deadline_s - self._clock())
         request.deadline_timer = self._call_later(remaining_s, lambda: self.deadline_passed(request))
 
@@ -64,6 +66,7 @@ class RequestBook:
         """A new listener, from that token index of every choice on."""
         attachment = Attachment(request, next_index, self._clock)
         request.attachments.append(attachment)
+        self._attachments.add(attachment)
         if request.orphan_timer is not None:
             request.orphan_timer.cancel()
             request.orphan_timer = None
@@ -72,10 +75,7 @@ class RequestBook:
     def detach(self, attachment: Attachment) -> None:
         """A client has gone; the last one takes the request with it, at once or after the grace."""
         request = attachment.request
-        if attachment not in request.attachments:
-            return
-        request.attachments.remove(attachment)
-        if not request.attachments and not request.is_over:
+        if self._remove(attachment) and not request.attachments and not request.is_over:
             self._orphaned(request, "CLIENT_DISCONNECTED", "the client has gone")
 
     def tokens_came(self, request: Request) -> None:
@@ -107,6 +107,7 @@ class RequestBook:
         was_accepted = request.accepted is not None
         request.lifecycle.move(state, self._clock())
         request.failure = failure
+        self._live.pop(request.key, None)
         self.on_ending(request, state)
         self._count(request, state)
         if state is RequestState.FINISHED:
@@ -142,10 +143,9 @@ class RequestBook:
             if now - ended_s <= self._config.retention_s:
                 break
             self._forget(request)
-        for request in tuple(self._requests.values()):
-            for attachment in tuple(request.attachments):
-                if attachment.is_stalled(now, self._config.stalled_client_s):
-                    self._drop_slow(attachment, f"took nothing for {self._config.stalled_client_s} s")
+        for attachment in tuple(self._attachments):
+            if attachment.is_stalled(now, self._config.stalled_client_s):
+                self._drop_slow(attachment, f"took nothing for {self._config.stalled_client_s} s")
 
     def _drop_slow(self, attachment: Attachment, how: str) -> None:
         request = attachment.request
@@ -159,9 +159,16 @@ class RequestBook:
                 retryable=True,
             )
         )
-        request.attachments.remove(attachment)
+        self._remove(attachment)
         if not request.attachments and not request.is_over:
             self._orphaned(request, "CLIENT_TOO_SLOW", "its only client was too slow")
+
+    def _remove(self, attachment: Attachment) -> bool:
+        if attachment not in self._attachments:
+            return False
+        self._attachments.remove(attachment)
+        attachment.request.attachments.remove(attachment)
+        return True
 
     def _orphaned(self, request: Request, cause: str, why: str) -> None:
         failure = Failure(code=Code.CANCELLED, stage=request.stage, cause=cause, message=why, retryable=True)

@@ -1,6 +1,7 @@
 """What a router is told when it starts, and what it knows of the model that it serves."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ class RouterConfig:
     """Calls open at a time."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r".+:\d{1,5}", self.listen):
+            raise ValueError(f"listen is {self.listen!r}; it must be host:port")
         if not self.router_id:
             raise ValueError("router_id must not be empty")
         if len(self.cluster_secret) < MIN_SECRET_BYTES:

@@ -266,6 +266,9 @@ class Dispatcher:
                 # Its tokens may have gone the way that the grant went.
                 request.replay_due = True
                 self._links.send(ref, messages.reserve(request, self._remaining_s(request)))
+            elif request.answer.is_complete:
+                for choice, num_tokens in enumerate(request.answer.num_tokens):
+                    self._links.acknowledge(ref, request.wire_key, choice, num_tokens)
             else:
                 self._ask_for_replay(ref, request)
         self.pump()
@@ -276,7 +279,7 @@ class Dispatcher:
             if request.placement is None or request.is_over:
                 continue
             if request.answer.is_complete:
-                self._finish_if_complete(request, wait_for_figures=False)
+                self._finish_if_complete(request)
             elif not self._has_handed_over(request, ref):
                 self._book.end(request, RequestState.FAILED, _worker_lost(request, ref, reason))
         self.pump()
@@ -286,7 +289,7 @@ class Dispatcher:
     def _current(self, ref: WorkerRef, key: worker_pb2.RequestKey) -> Request | None:
         """The running request whose present attempt this worker speaks of."""
         request = self._book.get(RequestKey(key.tenant, key.request_id))
-        if request is None or request.is_over:
+        if request is None or request.is_over or request.attempt != key.attempt:
             return None
         return request if request.runs_on(ref) else None
 
@@ -320,7 +323,7 @@ class Dispatcher:
                 self._ask_for_replay(ref, request)
             return False
         finished = output.HasField("finished") and choice.finish(output.finished)
-        if arrival is Arrival.NEW:
+        if arrival is Arrival.NEW or finished:
             request.replay_asked = False
             self._decoding(request)
             request.lifecycle.tokens_arrived(delta.first_index, self._clock())
@@ -334,9 +337,10 @@ class Dispatcher:
     def _finish_if_complete(self, request: Request, wait_for_figures: bool = True) -> None:
         if request.is_over or not request.answer.is_complete or request.placement is None:
             return
-        is_remote = request.placement.prefill is not None
-        if is_remote and request.prefill is None and wait_for_figures:
-            # The tokens overtook the prefill worker's figures: two streams bring them.
+        prefill = request.placement.prefill
+        # Two streams bring the tokens and the prefill worker's figures; the tokens may overtake them.
+        may_come = prefill is not None and self._placement.worker(prefill) is not None
+        if may_come and request.prefill is None and wait_for_figures:
             if request.report_timer is None:
                 request.report_timer = self._call_later(
                     REPORT_GRACE_S, lambda: self._finish_if_complete(request, wait_for_figures=False)

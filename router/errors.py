@@ -47,11 +47,8 @@ async def abort(context: Context, rejection: Rejection) -> None:
     """Ends a call with the rejection's status and detail."""
     failure = rejection.failure
     detail = error_detail(failure, rejection.request_id, rejection.attempt)
-    await context.abort(
-        grpc.StatusCode[failure.code],
-        failure.message,
-        ((ERROR_DETAIL_KEY, detail.SerializeToString()),),
-    )
+    trailer = ((ERROR_DETAIL_KEY, detail.SerializeToString()),)
+    await context.abort(grpc.StatusCode[failure.code], failure.message, trailer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +92,25 @@ def _tolerant(deserialize: Any) -> Callable[[bytes], Any]:
 def _guarded(handle: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
     async def guarded(request: Any, context: Context) -> Any:
         try:
-            if isinstance(request, _Unparsable):
-                raise invalid("UNPARSABLE", "the message is damaged or holds text that is not UTF-8")
-            return await handle(request, context)
-        except Rejection as rejection:
-            await abort(context, rejection)
-        except grpc.aio.BaseError:
-            # The transport's own: an abort on its way out, or a write to a client that has gone.
-            raise
-        except Exception as error:  # noqa: BLE001 - the boundary: a defect must not reach the caller as it is
-            await abort(context, defect(error))
+            return await _answered(handle, request, context)
+        except grpc.aio.InternalError:
+            # The transport's own: a write fails only where the call is over, and nobody is left to be told.
+            logger.debug("a write met a call that is over")
 
     return guarded
+
+
+async def _answered(handle: Callable[[Any, Context], Awaitable[Any]], request: Any, context: Context) -> Any:
+    try:
+        if isinstance(request, _Unparsable):
+            raise invalid("UNPARSABLE", "the message is damaged or holds text that is not UTF-8")
+        return await handle(request, context)
+    except Rejection as rejection:
+        await abort(context, rejection)
+    except grpc.aio.BaseError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the boundary: a defect must not reach the caller as it is
+        await abort(context, defect(error))
 
 
 def defect(error: Exception) -> Rejection:

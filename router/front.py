@@ -117,7 +117,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             next_index=request.next_index,
             resume_handle=request.resume_handle,
         )
-        attachment = self._intake.open(call)
+        try:
+            attachment = self._intake.open(call)
+        except Rejection as rejection:
+            # Cut, since it travels in a header and may itself be what was wrong.
+            rejection.request_id = request.request_id[: admission.MAX_REQUEST_ID_CHARS]
+            raise
         try:
             while (messages := await attachment.next()) is not None:
                 for message in messages:

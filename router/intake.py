@@ -30,6 +30,7 @@ from router.requests import Attachment, Request, RequestKey
 
 INLINE_BYTES = 16 << 10
 TOKENIZER_THREADS = 2
+MAX_REASON_CHARS = 500  # errors travel in headers
 SEED_BITS = 63
 
 
@@ -92,6 +93,7 @@ class Intake:
         if known is not None and known.body != body:
             raise _failed(Code.ALREADY_EXISTS, "REQUEST_EXISTS", "this request_id was used with another body")
         if known is not None and not known.may_restart:
+            known.resumable = known.resumable or call.resumable
             return self._book.attach(known, call.next_index)
         if not self._is_open:
             raise _failed(Code.UNAVAILABLE, "SHUTTING_DOWN", "the router is stopping", retryable=True)
@@ -196,7 +198,8 @@ class Intake:
         try:
             return prompt.encode(self._tokenizer)
         except ValueError as error:
-            raise invalid("PROMPT_NOT_ENCODABLE", f"the prompt cannot be tokenized: {error}") from None
+            reason = str(error)[:MAX_REASON_CHARS]
+            raise invalid("PROMPT_NOT_ENCODABLE", f"the prompt cannot be tokenized: {reason}") from None
 
     @contextmanager
     def _ending(self, request: Request) -> Iterator[None]:

@@ -5,6 +5,8 @@ import ipaddress
 import logging
 import secrets
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,6 +27,7 @@ from router.intake import Intake
 from router.membership import Membership, Switchboard
 from router.requests import RequestKey
 from router.workers import LinkSettings
+from text.tokenizer import Tokenizer as ModelTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +38,39 @@ STOP_GRACE_S = 1.0
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
 
+_REFLECTED = (_INFERENCE, _CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+_SHUTTING_DOWN = Failure(
+    code=Code.UNAVAILABLE,
+    stage=Stage.ADMISSION,
+    cause="SHUTTING_DOWN",
+    message="the router is stopping",
+    retryable=True,
+)
+
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
     ("grpc.so_reuseport", 0),
     # Find clients that vanished without a word, and let clients look for us as often.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a running router is made of."""
+
+    book: RequestBook
+    placement: PlacementState[RequestKey]
+    dispatcher: Dispatcher
+    membership: Membership
+    intake: Intake
+    health: health.aio.HealthServicer
+    server: grpc.aio.Server
+    readiness_changed: asyncio.Event
 
 
 class RouterServer:
@@ -63,9 +90,11 @@ class RouterServer:
             ValueError: the model directory is not one that `headrace model prepare` wrote.
         """
         self._config = config
-        self._tokenizer = tokenizer if tokenizer is not None else _open_tokenizer(config)
+        self._tokenizer = tokenizer if tokenizer is not None else ModelTokenizer.open(config.model_dir)
         self._model = model if model is not None else ModelFacts.read(config)
         self._authenticator = authenticator or _authenticator(config)
+        self._parts: _Parts | None = None
+        self._chores: list[asyncio.Task[None]] = []
         self.epoch = secrets.randbits(64)
         self.port = 0
 
@@ -78,116 +107,118 @@ class RouterServer:
         """Begins to serve.
 
         Raises:
-            RuntimeError: the address cannot be listened on.
+            RuntimeError: the address cannot be listened on, or the router was started before.
         """
-        self._assemble()
-        self._server = grpc.aio.server(
-            interceptors=(Boundary(),), options=_OPTIONS, maximum_concurrent_rpcs=self._config.max_calls
-        )
-        self._add_services(self._server)
-        self.port = self._server.add_insecure_port(self._config.listen)
-        await self._set_health(False)
-        await self._health.set(_CLUSTER, health_pb2.HealthCheckResponse.SERVING)
-        await self._server.start()
+        if self._parts is not None:
+            raise RuntimeError("a router is started once")
+        self._parts = parts = self._assemble()
+        self.port = parts.server.add_insecure_port(self._config.listen)
+        await parts.health.set(_CLUSTER, health_pb2.HealthCheckResponse.SERVING)
+        await _set_readiness(parts)
+        await parts.server.start()
         self._chores = [
-            asyncio.create_task(self._sweep(), name="router sweep"),
-            asyncio.create_task(self._watch_readiness(), name="router readiness"),
+            asyncio.create_task(_sweep(parts), name="router sweep"),
+            asyncio.create_task(_watch_readiness(parts), name="router readiness"),
         ]
         logger.info("router %s serves %s on %s", self._config.router_id, self._model.name, self.address)
 
     async def stop(self) -> None:
-        """Ends every request, says so to its clients and workers, and closes."""
-        await self._health.enter_graceful_shutdown()
+        """Ends every request, says so to its clients and workers, and closes. Repeats change nothing."""
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        await parts.health.enter_graceful_shutdown()
         for chore in self._chores:
             chore.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
-        await self._intake.close()
-        self._book.end_all(
-            Failure(
-                code=Code.UNAVAILABLE,
-                stage=Stage.ADMISSION,
-                cause="SHUTTING_DOWN",
-                message="the router is stopping",
-                retryable=True,
-            )
-        )
-        await self._membership.close()
-        await self._server.stop(STOP_GRACE_S)
+        await parts.intake.close()
+        parts.book.end_all(_SHUTTING_DOWN)
+        await parts.membership.close()
+        await parts.server.stop(STOP_GRACE_S)
         logger.info("router %s stopped", self._config.router_id)
 
-    async def wait(self) -> None:
-        """Until the server has stopped."""
-        await self._server.wait_for_termination()
-
-    def _assemble(self) -> None:
-        config = self._config
-        loop = asyncio.get_running_loop()
-        limits = self._model.limits(self._tokenizer.vocab_size)
-        self._readiness_changed = asyncio.Event()
-        self._placement: PlacementState[RequestKey] = PlacementState(
+    def _assemble(self) -> _Parts:
+        config, loop = self._config, asyncio.get_running_loop()
+        book = RequestBook(config, loop.time, loop.call_later)
+        placement: PlacementState[RequestKey] = PlacementState(
             POLICIES[config.policy], config.prefill_window_tokens
         )
-        switchboard = Switchboard()
-        self._book = RequestBook(config, loop.time, loop.call_later)
         queue: TokenQueue[RequestKey] = TokenQueue(config.queue_tokens)
-        dispatcher = Dispatcher(self._book, queue, self._placement, switchboard, loop.time, loop.call_later)
+        switchboard = Switchboard()
+        dispatcher = Dispatcher(book, queue, placement, switchboard, loop.time, loop.call_later)
+        readiness_changed = asyncio.Event()
+        membership = self._membership(switchboard, placement, dispatcher, readiness_changed.set)
+        limits = self._model.limits(self._tokenizer.vocab_size)
+        intake = Intake(config, limits, self._tokenizer, book, dispatcher, loop.time)
+        health_servicer = health.aio.HealthServicer()
+        server = _grpc_server(
+            config,
+            InferenceServicer(self._authenticator, intake, book, self._model, limits),
+            ClusterServicer(
+                config, self.epoch, self._model, self._authenticator, membership, book, queue, loop.time
+            ),
+            health_servicer,
+        )
+        return _Parts(
+            book, placement, dispatcher, membership, intake, health_servicer, server, readiness_changed
+        )
+
+    def _membership(
+        self,
+        switchboard: Switchboard,
+        placement: PlacementState[RequestKey],
+        dispatcher: Dispatcher,
+        on_change: Callable[[], None],
+    ) -> Membership:
+        config = self._config
         settings = LinkSettings(
             router_id=config.router_id,
             router_epoch=self.epoch,
             token=cluster_token(config.cluster_secret),
             grace_s=config.link_grace_s,
         )
-        self._dispatcher = dispatcher
-        self._membership = Membership(
-            settings,
-            switchboard,
-            self._placement,
-            dispatcher,
-            self._tokenizer.digest,
-            loop.time,
-            self._readiness_changed.set,
+        clock = asyncio.get_running_loop().time
+        return Membership(
+            settings, switchboard, placement, dispatcher, self._tokenizer.digest, clock, on_change
         )
-        self._intake = Intake(config, limits, self._tokenizer, self._book, dispatcher, loop.time)
-        self._inference = InferenceServicer(
-            self._authenticator, self._intake, self._book, self._model, limits
-        )
-        self._cluster = ClusterServicer(
-            config,
-            self.epoch,
-            self._model,
-            self._authenticator,
-            self._membership,
-            self._book,
-            queue,
-            loop.time,
-        )
-        self._health = health.aio.HealthServicer()
 
-    def _add_services(self, server: grpc.aio.Server) -> None:
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
-        cluster_pb2_grpc.add_ClusterServicer_to_server(self._cluster, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if is_loopback(_host(self._config.listen)):
-            names = (_INFERENCE, _CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
 
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            self._book.sweep()
-            self._dispatcher.pump()
+def _grpc_server(
+    config: RouterConfig,
+    inference: InferenceServicer,
+    cluster: ClusterServicer,
+    health_servicer: health.aio.HealthServicer,
+) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        interceptors=(Boundary(),), options=_OPTIONS, maximum_concurrent_rpcs=config.max_calls
+    )
+    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+    cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    if is_loopback(_host(config.listen)):
+        reflection.enable_server_reflection(_REFLECTED, server)
+    return server
 
-    async def _watch_readiness(self) -> None:
-        while True:
-            await self._readiness_changed.wait()
-            self._readiness_changed.clear()
-            await self._set_health(self._placement.is_complete)
 
-    async def _set_health(self, is_ready: bool) -> None:
-        statuses = health_pb2.HealthCheckResponse
-        status = statuses.SERVING if is_ready else statuses.NOT_SERVING
-        for service in ("", _INFERENCE):
-            await self._health.set(service, status)
+async def _sweep(parts: _Parts) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        parts.book.sweep()
+        parts.dispatcher.pump()
+
+
+async def _watch_readiness(parts: _Parts) -> None:
+    while True:
+        await parts.readiness_changed.wait()
+        parts.readiness_changed.clear()
+        await _set_readiness(parts)
+
+
+async def _set_readiness(parts: _Parts) -> None:
+    statuses = health_pb2.HealthCheckResponse
+    status = statuses.SERVING if parts.placement.is_complete else statuses.NOT_SERVING
+    for service in ("", _INFERENCE):
+        await parts.health.set(service, status)
 
 
 def run(config: RouterConfig) -> None:
@@ -196,7 +227,7 @@ def run(config: RouterConfig) -> None:
     Raises:
         ValueError, RuntimeError: as `RouterServer` and its `start`.
     """
-    asyncio.run(_serve(config))
+    asyncio.run(serve(config))
 
 
 def is_loopback(host: str) -> bool:
@@ -207,7 +238,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def _serve(config: RouterConfig) -> None:
+async def serve(config: RouterConfig) -> None:
+    """Serves until SIGTERM or SIGINT, on the main thread's event loop."""
     server = RouterServer(config)
     await server.start()
     stopping = asyncio.Event()
@@ -215,12 +247,6 @@ async def _serve(config: RouterConfig) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     await stopping.wait()
     await server.stop()
-
-
-def _open_tokenizer(config: RouterConfig) -> Tokenizer:
-    from text.tokenizer import Tokenizer as ModelTokenizer
-
-    return ModelTokenizer.open(config.model_dir)
 
 
 def _authenticator(config: RouterConfig) -> Authenticator:

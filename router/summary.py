@@ -38,6 +38,7 @@ def _timing(request: Request, now: float) -> pb.Timing:
         timing.prefill_s = request.prefill.prefill_s
         timing.transfer_s = request.prefill.transfer_s
         timing.handoff_s = request.prefill.handoff_s
+        timing.frame_s = request.prefill.frame_s
     if request.placement is not None:
         timing.decode_worker = request.placement.decode.worker_id
         timing.prefill_worker = (request.placement.prefill or request.placement.decode).worker_id

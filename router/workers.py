@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL_VERSION = 1
 HELLO_TIMEOUT_S = 5.0
 REDIAL_S = 0.1
+CLOSE_S = 0.5  # how long a worker has to read the last words and to end its side
 ACKNOWLEDGE_S = 0.05
 MAX_QUEUED_MESSAGES = 8192
 MAX_QUEUED_BYTES = 256 << 20
@@ -36,6 +37,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # without it a lost ping is noticed after a minute only
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -99,6 +101,7 @@ class WorkerLink:
         self.report: worker_pb2.WorkerReport | None = None
         self.connected = False
         self.is_lost = False
+        self._is_closing = False
         self.connected_at_s = 0.0
         self.last_error = ""
         self._settings = settings
@@ -116,11 +119,16 @@ class WorkerLink:
         self._task = asyncio.create_task(self._run(), name=f"link {self.ref.worker_id}")
 
     async def close(self) -> None:
-        """Ends the link without a word to the observer."""
+        """Says what is left to say, cancels above all, and ends the link without a word to the observer."""
+        if self._task is None:
+            return
+        self._is_closing = True
+        self._news.set()
+        if self.connected:
+            await asyncio.wait((self._task,), timeout=CLOSE_S)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
         self.connected = False
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     def send(self, message: worker_pb2.RouterMessage) -> None:
         """Queues a message; while the worker is out of touch, only cancels are kept."""
@@ -148,14 +156,17 @@ class WorkerLink:
         self._news.set()
 
     async def _run(self) -> None:
-        deadline_s = self._clock() + self._settings.grace_s
+        deadline_s = self._clock() + max(self._settings.grace_s, HELLO_TIMEOUT_S)
         while True:
             try:
-                await self._session()
+                await self._session(min(HELLO_TIMEOUT_S, max(REDIAL_S, deadline_s - self._clock())))
             except WrongWorker as error:
-                return self._lose(str(error))
+                self._lose(str(error))
+                return
             except LinkBroken as error:
                 self.last_error = self.last_error or str(error)
+            if self._is_closing:
+                return
             if self.connected:
                 self.connected = False
                 deadline_s = self._clock() + self._settings.grace_s
@@ -163,7 +174,8 @@ class WorkerLink:
                 logger.warning("worker %s is out of touch: %s", self.ref.worker_id, self.last_error)
                 self._observer.out_of_touch(self)
             if self._clock() >= deadline_s:
-                return self._lose(self.last_error)
+                self._lose(self.last_error)
+                return
             await asyncio.sleep(REDIAL_S)
 
     def _lose(self, reason: str) -> None:
@@ -173,7 +185,7 @@ class WorkerLink:
         logger.warning("worker %s is lost: %s", self.ref.worker_id, reason)
         self._observer.lost(self, reason)
 
-    async def _session(self) -> None:
+    async def _session(self, hello_timeout_s: float) -> None:
         """One stream, from dialling to its end, which is always a LinkBroken or WrongWorker."""
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
@@ -181,7 +193,7 @@ class WorkerLink:
             self._call = call
             writer: asyncio.Task[None] | None = None
             try:
-                hello = await self._exchange_hellos(call)
+                hello = await self._exchange_hellos(call, hello_timeout_s)
                 self._accept(hello)
                 writer = asyncio.create_task(self._write(call))
                 await self._read(call)
@@ -198,16 +210,16 @@ class WorkerLink:
                     writer.cancel()
                     await asyncio.gather(writer, return_exceptions=True)
 
-    async def _exchange_hellos(self, call: Session) -> worker_pb2.WorkerHello:
+    async def _exchange_hellos(self, call: Session, timeout_s: float) -> worker_pb2.WorkerHello:
         hello = worker_pb2.RouterHello(
             router_id=self._settings.router_id, router_epoch=self._settings.router_epoch
         )
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await call.write(worker_pb2.RouterMessage(hello=hello))
                 first = await call.read()
         except TimeoutError:
-            raise LinkBroken(f"no WorkerHello within {HELLO_TIMEOUT_S} s") from None
+            raise LinkBroken(f"no WorkerHello within {timeout_s:.1f} s") from None
         if not isinstance(first, worker_pb2.WorkerMessage):
             raise LinkBroken(f"the worker ended the stream: {await call.details()}")
         if not first.HasField("hello"):
@@ -253,6 +265,9 @@ class WorkerLink:
                 self._news.clear()
                 while self._outgoing or self._seen_due:
                     await call.write(self._next())
+                if self._is_closing:
+                    await call.done_writing()
+                    return
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             call.cancel()  # the reader sees the end, and tells why
 

@@ -50,17 +50,30 @@ def make_tiny_model(
     """
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary = _write_tokenizer(directory, add_bos)
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    sizes = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": head_dim,
-        "hidden_act": "silu",
         "max_position_embeddings": max_context,
+    }
+    config = _llama_config(vocabulary) | sizes
+    _write_json(directory / "config.json", config)
+    weights = _random_weights(config, seed)
+    if nan_token_id is not None:
+        weights["model.embed_tokens.weight"][nan_token_id] = np.nan
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    _write_manifest(directory, name, vocabulary, max_context, add_bos)
+    return directory
+
+
+def _llama_config(vocabulary: dict[str, int]) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "rope_scaling": None,
@@ -72,13 +85,6 @@ def make_tiny_model(
         "eos_token_id": vocabulary["<|eos|>"],
         "torch_dtype": "float32",
     }
-    _write_json(directory / "config.json", config)
-    weights = _random_weights(config, seed)
-    if nan_token_id is not None:
-        weights["model.embed_tokens.weight"][nan_token_id] = np.nan
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    _write_manifest(directory, name, vocabulary, max_context, add_bos)
-    return directory
 
 
 def _write_tokenizer(directory: Path, add_bos: bool) -> dict[str, int]:

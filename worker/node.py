@@ -78,6 +78,7 @@ class WorkerNode:
         self._loop.start()
         try:
             self.engine = self._engine_thread.start()
+            self.engine.on_progress = self.on_step
             self._identity = worker_identity(self.engine, self.config.model_dir)
             self._key_identity = identity_digest(self._identity)
             self._tokenizer = Tokenizer.open(self.config.model_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from cluster.cli.console import LaunchProgress, out, stream
 from cluster.cli.stages import stages_table
 from cluster.errors import ClusterError
 from cluster.launch import down, stay_off_engines, up
+from cluster.profile import LoadedProfile
 from cluster.profiles import find_profile
 from headrace import Answer, Client, Message
 
@@ -39,7 +41,7 @@ def demo(
     profile: Annotated[str, typer.Option(help="Which cluster to bring up.")] = "laptop",
 ) -> None:
     """Bring a cluster up, answer two prompts, show where the time went, stop it."""
-    loaded = find_profile(profile)
+    loaded = _on_a_free_port(find_profile(profile))
     prompts = demo_prompts()
     with LaunchProgress() as progress:
         state = up(loaded, progress=progress)
@@ -57,13 +59,18 @@ def demo_prompts() -> tuple[Prompt, Prompt]:
     """A short question, and a summary of an article of about 2,000 tokens."""
     question = "Why is the sky blue? Answer in three sentences."
     task = "Summarize the article in five sentences."
+    shown = f"{task} (The article is {ARTICLE.parent.name}/{ARTICLE.name}.)"
     article = ARTICLE.read_text(encoding="utf-8")
     return (
-        Prompt("short prompt", question, question, max_tokens=96),
-        Prompt(
-            "long prompt", f"{task} (The article: {ARTICLE.name})", f"{article}\n\n{task}", max_tokens=160
-        ),
+        Prompt("short prompt", question, question, max_tokens=128),
+        Prompt("long prompt", shown, f"{article}\n\n{task}", max_tokens=128),
     )
+
+
+def _on_a_free_port(loaded: LoadedProfile) -> LoadedProfile:
+    """Nobody else needs to find the demo's router, and it should not fail because a port is taken."""
+    router = loaded.profile.router.model_copy(update={"grpc": "127.0.0.1:0"})
+    return dataclasses.replace(loaded, profile=loaded.profile.model_copy(update={"router": router}))
 
 
 def _answer(client: Client, prompt: Prompt) -> Answer:

@@ -10,7 +10,8 @@ from cluster.cli.console import note, out, print_json
 from cluster.explain import explain, render
 from cluster.launch import find_model
 from cluster.machine import this_machine
-from cluster.plan import ClusterPlan, ModelFacts, plan
+from cluster.memory import ModelFacts
+from cluster.plan import ClusterPlan, plan
 from cluster.problems import ProfileError
 from cluster.profile import LoadedProfile, json_schema
 from cluster.profiles import find_profile

@@ -6,6 +6,7 @@ flow of a layer is one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,12 +121,18 @@ class DenseDecoder:
         cos, sin = rope_tables(config, max_context)
         self._rotary = Rotary(cos.to(device), sin.to(device))
 
-    def forward(self, batch: StepBatch, cache: PagedCache) -> torch.Tensor | None:
-        """Logits [R, vocabulary] float32 of `batch.logit_rows`; None where no row draws."""
+    def forward(
+        self, batch: StepBatch, cache: PagedCache, after_layer: Callable[[int], None]
+    ) -> torch.Tensor | None:
+        """Logits [R, vocabulary] float32 of `batch.logit_rows`; None where no row draws.
+
+        `after_layer(n)` is called when the cache holds the step's keys and values of the first n layers.
+        """
         x = self._embedding[batch.token_ids].float()
         rotary = self._rotary.at(batch.positions)
-        for layer in self._layers:
+        for num_layers, layer in enumerate(self._layers, start=1):
             x = layer(x, rotary, batch, cache)
+            after_layer(num_layers)
         if not batch.drawing:
             return None
         return self._head(self._norm(x[batch.logit_rows]))

@@ -43,6 +43,7 @@ class LeaseControl:
         self._metadata = tuple(metadata)
         self._clock = clock
         self._stop = stop
+        self._commit_call: grpc.Future[pb.CommitResponse] | None = None
 
     def commit(
         self, manifest: Mapping[int, FrameRecord], handoff: pb.Handoff, deadline: float, patience_s: float
@@ -61,8 +62,14 @@ class LeaseControl:
             if remaining_s <= 0:
                 raise TransferError(TransferCause.DEADLINE_EXCEEDED, "the commit was not answered in time")
             request.remaining_s = remaining_s
+            self._commit_call = self._stub.Commit.future(
+                request, timeout=remaining_s, metadata=self._metadata
+            )
             try:
-                return self._stub.Commit(request, timeout=remaining_s, metadata=self._metadata)
+                return self._commit_call.result()
+            except grpc.FutureCancelledError as error:
+                text = "aborted before the receiver answered the commit"
+                raise TransferError(TransferCause.CANCELLED, text) from error
             except grpc.RpcError as error:
                 transfer_error = as_transfer_error(error)
                 if error.code() not in TRANSIENT_CODES or self._clock() + backoff_s >= give_up_at:
@@ -70,6 +77,11 @@ class LeaseControl:
             if self._stop.wait(backoff_s):
                 raise transfer_error
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    def cancel_commit(self) -> None:
+        """Ends the wait for an answer that has not come; without effect on one that has."""
+        if self._commit_call is not None:
+            self._commit_call.cancel()
 
     def renew(self, timeout_s: float) -> LeaseState | None:
         """The lease's state. Raises grpc.RpcError: the caller knows how long it may try again."""

@@ -8,7 +8,7 @@
 
 Whoever of the two waits for work also renews the lease when nothing was sent for a third of its TTL.
 Every wait ends at the request's deadline; frames in flight that nobody acknowledges for a whole TTL
-end it earlier. What is queued is a token count, so memory is bounded by the frame in hand and what
+end it earlier. What is queued is ranges, not bytes, so memory is bounded by the frame in hand and what
 gRPC holds of the window.
 """
 
@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
+from kvtransfer.contact import Contact
 from kvtransfer.frames import DamagedFrame, FrameHeader, decode_ack, encode_frame
-from kvtransfer.layouts import DEFAULT_PIECE_BYTES, pieces_for, window_pieces_for
+from kvtransfer.layouts import DEFAULT_PIECE_BYTES, window_pieces_for
 from kvtransfer.lease_types import LeaseState
 from kvtransfer.ledger import FrameLedger, FrameRefused
+from kvtransfer.progress import PushProgress
 from kvtransfer.transports.grpc_channel import BULK_SERVICE
 from kvtransfer.transports.grpc_control import (
     FIRST_BACKOFF_S,
@@ -106,16 +108,14 @@ class PushSession:
 
         self._cond = threading.Condition()
         self._ledger = FrameLedger(layout, self._options.window_bytes, self._options.max_resends, clock)
-        self._ready = start_token  # positions below are computed
-        self._cut = start_token  # positions below are in the ledger
+        self._progress = PushProgress(layout, start_token, self._options.frame_bytes)
         self._sealed = False  # commit was called: nothing more will be ready
         self._error: TransferError | None = None
         self._is_committed = False
         self._num_reading = 0
         self._stream = 0
         self._call: grpc.Call | None = None
-        self._touched_at = clock()  # a frame was begun, or the receiver was heard of
-        self._renew_at = self._touched_at + ttl_s / 3
+        self._contact = Contact(ttl_s, clock)
         self._broken_since: float | None = None
         self._backoff_s = FIRST_BACKOFF_S
         self._runner = threading.Thread(target=self._run, name="kv-push", daemon=True)
@@ -127,10 +127,9 @@ class PushSession:
     def error(self) -> TransferError | None:
         return self._error
 
-    def advance(self, num_tokens: int) -> None:
+    def advance(self, num_tokens: int, num_layers: int | None = None) -> None:
         with self._cond:
-            if num_tokens > self._ready and not self._sealed:
-                self._ready = num_tokens
+            if not self._sealed and self._progress.advance(num_tokens, num_layers):
                 self._cond.notify_all()
 
     def commit(self, handoff: Handoff, remaining_s: float) -> CommitOutcome:
@@ -157,29 +156,24 @@ class PushSession:
         with self._cond:
             self._cond.wait_for(lambda: self._num_reading == 0, _JOIN_S)
         state = self._control.abort(cause, self._options.abort_s)
+        if state is None:  # told, the receiver would have answered a commit that is under way
+            self._control.cancel_commit()
         self._runner.join(_JOIN_S)
         return state
 
     def stats(self) -> PushStats:
         with self._cond:
             totals = self._ledger.totals()
-            num_tokens = self._cut - self._start_token
-        return PushStats(
-            num_tokens=num_tokens,
-            num_frames=totals.num_frames,
-            num_resent=totals.num_resent,
-            kv_bytes=totals.kv_bytes,
-            wire_bytes=totals.wire_bytes,
-            transfer_s=totals.transfer_s,
-            frame_s=totals.frame_s,
-        )
+            num_tokens = self._progress.num_cut - self._start_token
+        return PushStats(num_tokens=num_tokens, **asdict(totals))
 
     def _seal(self, num_tokens: int) -> None:
         with self._cond:
-            if num_tokens < self._ready:
-                raise ValueError(f"{self._ready} positions were advanced, the handoff has {num_tokens}")
+            if num_tokens < self._progress.num_ready:
+                num_ready = self._progress.num_ready
+                raise ValueError(f"{num_ready} positions were advanced, the handoff has {num_tokens}")
             if not self._sealed:
-                self._ready = num_tokens
+                self._progress.advance(num_tokens)
                 self._refill()
                 self._ledger.add(window_pieces_for(self._layout, num_tokens, self._options.frame_bytes))
                 self._sealed = True
@@ -189,12 +183,12 @@ class PushSession:
         with self._cond:
             while not self._ledger.is_settled:
                 self._raise_if_over()
-                remaining_s = deadline - self._clock()
-                if remaining_s <= 0:
-                    raise TransferError(
-                        TransferCause.DEADLINE_EXCEEDED, "frames were not acknowledged in time"
-                    )
-                self._cond.wait(remaining_s)
+                now = self._clock()
+                if now >= deadline:
+                    text = "frames were not acknowledged in time"
+                    raise TransferError(TransferCause.DEADLINE_EXCEEDED, text)
+                # The request thread does not see a stall while gRPC holds it back: the peer reads nothing.
+                self._cond.wait(min(deadline, self._stalls_at()) - now)
             self._raise_if_over()
 
     def _send_missing(self, numbers: Sequence[int]) -> None:
@@ -209,9 +203,9 @@ class PushSession:
         cause, _, message = response.reason.partition(": ")
         outcome = CommitOutcome(state, cause, message)
         self._is_committed = outcome.is_committed
-        self._stop(
-            None if outcome.is_committed else TransferError(cause or TransferCause.LEASE_LOST, message)
-        )
+        self._stop(TransferError(cause or TransferCause.LEASE_LOST, message))
+        if outcome.is_committed:  # also where an abort came too late
+            self._error = None
         self._runner.join(_JOIN_S)
         return outcome
 
@@ -256,7 +250,7 @@ class PushSession:
         try:
             ack = decode_ack(message)
             with self._cond:
-                self._touch()
+                self._contact.touch()
                 self._broken_since = None
                 self._backoff_s = FIRST_BACKOFF_S
                 self._ledger.acknowledge(ack)
@@ -274,11 +268,7 @@ class PushSession:
         if self._broken_since is None:
             self._broken_since = now
         if now - self._broken_since >= self._options.reconnect_s:
-            text = (
-                "the stream ended early, again and again"
-                if broken is None
-                else as_transfer_error(broken).message
-            )
+            text = "the stream ends early" if broken is None else as_transfer_error(broken).message
             raise TransferError(TransferCause.PEER_UNAVAILABLE, text)
         self._stopped.wait(self._backoff_s)
         self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
@@ -301,7 +291,7 @@ class PushSession:
         number = self._ledger.take()
         if number is not None:
             self._num_reading += 1
-            self._touch()
+            self._contact.touch()
         elif self._sealed and self._ledger.is_settled:
             return _STREAM_OVER
         return number
@@ -318,9 +308,8 @@ class PushSession:
             message, checksum = encode_frame(header, payload)
         except Exception as error:
             # Stores and codecs may fail in any way; gRPC would only log it and cancel the stream.
-            raise TransferError(
-                TransferCause.CACHE_READ_FAILED, f"{type(error).__name__}: {error}"
-            ) from error
+            text = f"{type(error).__name__}: {error}"
+            raise TransferError(TransferCause.CACHE_READ_FAILED, text) from error
         finally:
             with self._cond:
                 self._num_reading -= 1
@@ -351,50 +340,41 @@ class PushSession:
         """When the waiting thread must act by itself. Raises TransferError when it is too late already."""
         now = self._clock()
         if now >= self._deadline:
-            raise TransferError(
-                TransferCause.DEADLINE_EXCEEDED, "the request's deadline passed during transfer"
-            )
+            text = "the request's deadline passed during the transfer"
+            raise TransferError(TransferCause.DEADLINE_EXCEEDED, text)
         if not self._ledger.num_in_flight:
-            return min(self._deadline, self._renew_at)
+            return min(self._deadline, self._contact.renew_at)
         return min(self._deadline, self._stalls_at())
 
     def _stalls_at(self) -> float:
         """When frames in flight count as lost. Raises TransferError when they do already."""
-        stalls_at = self._touched_at + self._ttl_s
-        if self._clock() >= stalls_at:
+        if self._contact.is_lost:
             text = f"no frame was acknowledged for {self._ttl_s:g} s"
             raise TransferError(TransferCause.RECEIVER_STALLED, text)
-        return stalls_at
-
-    def _touch(self) -> None:
-        self._touched_at = self._clock()
-        self._renew_at = self._touched_at + self._ttl_s / 3
+        return self._contact.lost_at
 
     def _refill(self) -> None:
-        if self._cut < self._ready:
-            self._ledger.add(
-                pieces_for(self._layout, range(self._cut, self._ready), self._options.frame_bytes)
-            )
-            self._cut = self._ready
+        self._ledger.add(self._progress.take())
 
     def _renew(self) -> None:
         try:
-            state = self._control.renew(self._ttl_s / 3)
+            state = self._control.renew(self._contact.renewal_timeout_s)
         except grpc.RpcError as error:
-            if self._clock() - self._touched_at >= self._ttl_s:
-                raise as_transfer_error(error) from error
-            self._renew_at = self._clock() + min(self._ttl_s / 10, MAX_BACKOFF_S)
+            if self._contact.is_lost:
+                text = f"the lease could not be renewed: {as_transfer_error(error)}"
+                raise TransferError(TransferCause.PEER_UNAVAILABLE, text) from error
+            self._contact.retry_renewal()
             return
         if state is None or not state.is_open:
             raise TransferError(TransferCause.LEASE_LOST, f"the receiver says that the lease is {state}")
         with self._cond:
-            self._touch()
+            self._contact.touch()
 
     def _raise_if_over(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _stop(self, error: TransferError | None) -> None:
+    def _stop(self, error: TransferError) -> None:
         with self._cond:
             if not self._stopped.is_set():
                 self._error = error

@@ -93,8 +93,9 @@ class Pusher(Protocol):
     def error(self) -> TransferError | None:
         """Set once the transfer has failed for good: computing on is of no use."""
 
-    def advance(self, num_tokens: int) -> None:
-        """Cache of positions [0, num_tokens) is ready to be sent. Never blocks."""
+    def advance(self, num_tokens: int, num_layers: int | None = None) -> None:
+        """Cache of positions [0, num_tokens) is ready to be sent, of the last chunk only the first `num_layers`
+        layers where that is given. Never blocks."""
 
     def commit(self, handoff: pb.Handoff, remaining_s: float) -> CommitOutcome:
         """Sends the rest, then hands over. Blocks up to `remaining_s`. Raises TransferError."""

@@ -34,7 +34,7 @@ def test_an_answer_goes_through_both_workers(split_cluster: Home) -> None:
     )
     assert answer.returncode == 0
     assert answer.stdout.strip()
-    assert "on prefill-0" in answer.stderr and "on decode-0" in answer.stderr
+    assert "prefill-0" in answer.stderr and "decode-0" in answer.stderr
 
 
 def test_a_prompt_can_come_from_standard_input_and_answers_repeat(split_cluster: Home) -> None:

@@ -16,7 +16,7 @@ from kvtransfer.desk import LeaseDesk
 from kvtransfer.frames import FrameHeader, LeaseRef, encode_frame
 from kvtransfer.landing import FrameLander
 from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, Window
-from kvtransfer.lease_types import Grant, RequestId
+from kvtransfer.lease_types import Grant, Lease, RequestId
 from kvtransfer.leases import LeaseTable
 from kvtransfer.transports.grpc_channel import make_bulk_server, open_bulk_channel
 from kvtransfer.transports.grpc_push import PushOptions, PushSession
@@ -179,6 +179,11 @@ class Receiver:
             self.store.allocate(grant.lease_id, num_tokens)
             table.hold_prefix(grant.lease_id, start_token)
         return grant
+
+    def lease(self, grant: Grant) -> Lease:
+        lease = self.table.get(grant.lease_id)
+        assert lease is not None
+        return lease
 
     def close(self) -> None:
         self.server.stop(0).wait(5)

@@ -47,8 +47,6 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
         )
         self.router_hellos: list[worker_pb2.RouterHello] = []
         self.refuses_sessions = False
-        self.reads = asyncio.Event()
-        self.reads.set()
         self._inbox: list[worker_pb2.RouterMessage] = []
         self._arrived = asyncio.Condition()
         self._outgoing: asyncio.Queue[worker_pb2.WorkerMessage | None] = asyncio.Queue()
@@ -56,7 +54,9 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
         self.port = 0
 
     async def start(self, port: int = 0) -> None:
-        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self._server = grpc.aio.server(
+            options=(("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 1000))
+        )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         await self._server.start()
@@ -183,7 +183,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
 
     async def _read(self, messages: AsyncIterator[worker_pb2.RouterMessage]) -> None:
         async for message in messages:
-            await self.reads.wait()
             async with self._arrived:
                 self._inbox.append(message)
                 self._arrived.notify_all()
+        self._outgoing.put_nowait(None)

@@ -18,15 +18,19 @@ from hypothesis import strategies as st
 
 from headrace.v1 import kvtransfer_pb2 as pb
 from headrace.v1 import kvtransfer_pb2_grpc as pb_grpc
-from kvtransfer.frames import Ack, LeaseRef, decode_ack
-from kvtransfer.layouts import CacheLayout, Piece, pieces_for
-from kvtransfer.lease_types import Grant, LeaseState, RequestId
+from kvtransfer.frames import Ack, FrameHeader, FrameRecord, LeaseRef, decode_ack, encode_frame
+from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, pieces_for
+from kvtransfer.lease_types import Grant, Landing, LeaseState, RequestId
 from kvtransfer.transports.grpc_channel import open_bulk_channel
-from kvtransfer.transports.grpc_push import PushOptions
+from kvtransfer.transports.grpc_push import PushOptions, PushSession
 from kvtransfer.transports.seam import HandoffRefused, TransferError
 from tests.integration.kvtransfer_harness import GQA, MIXED, Peer, Receiver, Sender, raw_push
 
 pytestmark = pytest.mark.integration
+
+
+MIB_FRAMES = CacheLayout((Plane("k", 64, Paged(1), 8, (Field("k", 128, "float32"),)),), 16)
+"""2 MiB for every 8 tokens: enough to fill what gRPC buffers."""
 
 
 @pytest.fixture
@@ -49,6 +53,16 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
     while not true():
         assert time.monotonic() < give_up_at, "the condition did not come true"
         time.sleep(0.005)
+
+
+def holding(gate: threading.Event) -> Callable[[int], None]:
+    """A pace that lets nothing land before the gate opens."""
+
+    def pace(num_bytes: int) -> None:
+        del num_bytes
+        gate.wait(20)
+
+    return pace
 
 
 def lease_pb(ref: LeaseRef) -> pb.LeaseRef:
@@ -260,10 +274,17 @@ def test_pieces_that_do_not_fit_are_refused_and_the_stream_goes_on(
         "",
     ]
     assert "known are: raw 1" in acks[2].message
-    lease = receiver.table.get(grant.lease_id)
-    assert lease is not None
+    lease = receiver.lease(grant)
     assert set(lease.landed) == {3}
     assert not lease.landing
+
+
+def test_a_frame_that_declares_another_length_is_refused(receiver: Receiver, sender: Sender) -> None:
+    """Before anything of that length is allocated."""
+    piece = piece_of(sender)
+    header = FrameHeader(sender.ref(receiver.grant(64)), 0, piece, "raw", 1, piece.num_bytes(GQA) + 1)
+    message, _ = encode_frame(header, sender.store.gather(sender.OWNER, piece))
+    assert [ack.cause for ack in acks_of(sender, message)] == ["BAD_PIECE"]
 
 
 def test_another_workers_layout_is_refused_at_the_frame(receiver: Receiver, sender: Sender) -> None:
@@ -331,8 +352,7 @@ def test_a_session_sends_again_what_a_commit_finds_missing() -> None:
     grant = receiver.grant(64)
     session = sender.session(grant)
     session.advance(64)
-    lease = receiver.table.get(grant.lease_id)
-    assert lease is not None
+    lease = receiver.lease(grant)
     wait_until(lambda: len(lease.landed) == len(pieces_for(GQA, range(64), 4096)))
     with receiver.desk.change():
         del lease.landed[1]  # lost in some way that its acknowledgement did not show
@@ -433,6 +453,19 @@ def test_a_commit_that_waits_learns_of_a_cancel_at_once(receiver: Receiver, send
     assert responses[0].reason == "CLIENT"
 
 
+def test_a_cancel_at_the_last_moment_wins_over_the_commit(receiver: Receiver, sender: Sender) -> None:
+    """All frames are here and the cache is being fenced, without the lock."""
+
+    def cancel() -> None:
+        with receiver.desk.change() as table:
+            table.cancel(RequestId("t", "r"), 1, "CLIENT")
+
+    receiver.store.fence = cancel  # type: ignore[method-assign]
+    outcome = sender.push_all(sender.session(receiver.grant(64)), 64)
+    assert (outcome.state, outcome.cause) == (LeaseState.ABORTED, "CLIENT")
+    assert receiver.committed == []
+
+
 def test_a_malformed_lease_id_is_an_invalid_argument(sender: Sender) -> None:
     stub = pb_grpc.KvTransferStub(sender.channel)
     with pytest.raises(grpc.RpcError) as failed:
@@ -484,10 +517,66 @@ def test_after_an_abort_nothing_reads_the_senders_cache(receiver: Receiver, send
     assert reading.wait(10)
     abort = threading.Thread(target=session.abort, args=("CLIENT_CANCELLED",))
     abort.start()
-    assert not finished
+    abort.join(0.3)
+    assert abort.is_alive()
     let_go.set()
     abort.join(10)
     assert len(finished) == 1
+
+
+def commit_in_thread(session: PushSession, handoff: pb.Handoff) -> tuple[threading.Thread, list[str]]:
+    """Commits, and notes the cause of what came instead."""
+    causes: list[str] = []
+
+    def commit() -> None:
+        try:
+            causes.append(session.commit(handoff, 20.0).cause)
+        except TransferError as error:
+            causes.append(error.cause)
+
+    thread = threading.Thread(target=commit)
+    thread.start()
+    return thread, causes
+
+
+def test_an_abort_ends_a_commit_that_waits(receiver: Receiver, sender: Sender) -> None:
+    grant = receiver.grant(64)
+    session = sender.session(grant)
+    session.advance(64)
+    with receiver.desk.change() as table:  # a frame that never finishes landing keeps the commit waiting
+        assert isinstance(table.begin_landing(sender.ref(grant), 99, FrameRecord(1, 1)), Landing)
+    thread, causes = commit_in_thread(session, sender.handoff(64))
+    wait_until(lambda: len(receiver.lease(grant).landed) == len(pieces_for(GQA, range(64), 4096)))
+    assert session.abort("CLIENT_CANCELLED") is LeaseState.ABORTED
+    thread.join(4)
+    # The receiver's answer, or this side's when the commit had not left yet.
+    assert causes in (["CLIENT_CANCELLED"], ["CANCELLED"])
+    assert receiver.committed == []
+
+
+def test_an_abort_ends_a_commit_that_nobody_answers(receiver: Receiver, sender: Sender) -> None:
+    """A frozen worker: connections stand, calls go unanswered."""
+    grant = receiver.grant(64)
+    session = sender.session(grant, options=PushOptions(frame_bytes=4096, abort_s=0.1))
+    session.advance(64)
+    wait_until(lambda: len(receiver.lease(grant).landed) == len(pieces_for(GQA, range(64), 4096)))
+    frozen, thaw = threading.Event(), threading.Event()
+
+    def freeze() -> None:
+        with receiver.lock:
+            frozen.set()
+            thaw.wait(20)
+
+    worker = threading.Thread(target=freeze)
+    worker.start()
+    assert frozen.wait(10)
+    thread, causes = commit_in_thread(session, sender.handoff(64))
+    time.sleep(0.1)  # so that the abort most often finds the commit under way; it holds either way
+    assert session.abort("CLIENT_CANCELLED") is None
+    thread.join(5)
+    assert causes == ["CANCELLED"]
+    thaw.set()
+    worker.join()
 
 
 def test_a_cache_that_cannot_be_read_fails_the_transfer(receiver: Receiver, sender: Sender) -> None:
@@ -522,11 +611,34 @@ def test_a_sender_that_vanishes_leaves_nothing_behind(receiver: Receiver, sender
 def test_an_idle_session_keeps_its_lease_alive(receiver: Receiver, sender: Sender) -> None:
     grant = receiver.grant(64, ttl_s=0.3)
     session = sender.session(grant)
-    lease = receiver.table.get(grant.lease_id)
-    assert lease is not None
+    lease = receiver.lease(grant)
     granted_at = lease.renewed_at
     wait_until(lambda: (receiver.desk.tick(), lease.renewed_at > granted_at + 0.6)[1])
     assert sender.push_all(session, 64).is_committed
+
+
+def test_an_idle_session_notices_that_its_receiver_is_gone(receiver: Receiver, sender: Sender) -> None:
+    session = sender.session(receiver.grant(64, ttl_s=0.3))
+    receiver.close()
+    wait_until(lambda: session.error is not None)
+    assert session.error is not None
+    assert session.error.cause == "PEER_UNAVAILABLE"
+
+
+def test_a_peer_that_stops_reading_is_noticed_by_the_commit() -> None:
+    """gRPC holds the request thread back: only the commit can see that nothing moves."""
+    gate = threading.Event()
+    receiver = Receiver(MIB_FRAMES, pace=holding(gate))
+    sender = Sender(receiver, 256, MIB_FRAMES)
+    options = PushOptions(window_bytes=1 << 30)
+    session = sender.session(receiver.grant(256, ttl_s=0.5), options=options)
+    session.advance(256)
+    with pytest.raises(TransferError) as failed:
+        session.commit(sender.handoff(256), 20.0)
+    assert failed.value.cause == "RECEIVER_STALLED"
+    gate.set()
+    sender.close()
+    receiver.close()
 
 
 def test_an_idle_session_learns_that_its_lease_is_gone(receiver: Receiver, sender: Sender) -> None:
@@ -573,7 +685,7 @@ def test_a_stream_that_breaks_is_taken_up_again(receiver: Receiver, sender: Send
 def test_bytes_in_flight_are_bounded(sender: Sender) -> None:
     """The receiver lands nothing for a while: the sender stops reading its cache at the window."""
     gate = threading.Event()
-    receiver = Receiver(pace=lambda num_bytes: bool(gate.wait(20)))
+    receiver = Receiver(pace=holding(gate))
     sender = Sender(receiver, 200)
     sizes: list[int] = []
     gather = sender.store.gather
@@ -597,13 +709,14 @@ def test_bytes_in_flight_are_bounded(sender: Sender) -> None:
 
 def test_a_receiver_that_stops_landing_fails_the_transfer() -> None:
     gate = threading.Event()
-    receiver = Receiver(pace=lambda num_bytes: bool(gate.wait(20)))
+    receiver = Receiver(pace=holding(gate))
     sender = Sender(receiver, 64)
     session = sender.session(receiver.grant(64, ttl_s=0.4))
     session.advance(64)
     with pytest.raises(TransferError) as failed:
         session.commit(sender.handoff(64), 20.0)
     assert failed.value.cause == "RECEIVER_STALLED"
+    wait_until(lambda: all(thread.name != "kv-push" for thread in threading.enumerate()))
     gate.set()
     sender.close()
     receiver.close()

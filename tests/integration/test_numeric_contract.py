@@ -157,10 +157,10 @@ def test_release_in_mid_step_gives_blocks_back_when_the_step_is_applied(model_di
     engine.submit(lease, [5] * 200, SamplingParams(max_tokens=4), prefill_only=False)
     forward = engine.runner.forward
 
-    def release_while_computing(batch):  # type: ignore[no-untyped-def]
+    def release_while_computing(batch, after_layer):  # type: ignore[no-untyped-def]
         engine.release(lease)
         assert engine.pool.stats().private > 0
-        return forward(batch)
+        return forward(batch, after_layer)
 
     engine.runner.forward = release_while_computing  # type: ignore[method-assign]
     assert engine.step().events == ()

@@ -54,6 +54,7 @@ async def serves_another(router: Harness, worker: ScriptedWorker) -> None:
         ({"text": "a NUL \0"}, INVALID, "PROMPT_NOT_ENCODABLE"),
         ({"model": "gpt-17"}, grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
         ({"request_id": "x" * 129}, INVALID, "REQUEST_ID_TOO_LONG"),
+        ({"request_id": "é" * 1_000_000}, INVALID, "REQUEST_ID_TOO_LONG"),
         ({"request_id": "a\nb"}, INVALID, "BAD_REQUEST_ID"),
         ({"timeout_s": math.nan}, INVALID, "BAD_TIMEOUT"),
         ({"timeout_s": -1}, INVALID, "BAD_TIMEOUT"),
@@ -74,6 +75,7 @@ async def test_bad_input_is_refused_with_a_cause_and_leaves_nothing(router: Harn
     answer = await router.generate(**fields).end()
     assert (answer.code, answer.error.cause) == (code, cause)
     assert answer.error.message and not answer.error.retryable
+    assert answer.error.request_id == fields.get("request_id", answer.error.request_id)[:128]
     assert answer.accepted is None and worker.pending() == []
     await serves_another(router, worker)
 
@@ -332,15 +334,15 @@ async def test_registering_again_says_that_the_session_is_open(router: Harness):
     assert worker.router_hellos[0] == worker_pb2.RouterHello(router_id="r", router_epoch=again.router_epoch)
 
 
+def list_services(channel: grpc.aio.Channel):
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    return stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="*")]))
+
+
 async def test_services_can_be_listed_on_loopback(router: Harness):
-    stub = reflection_pb2_grpc.ServerReflectionStub(router.channel)
-    call = stub.ServerReflectionInfo()
-    await call.write(reflection_pb2.ServerReflectionRequest(list_services="*"))
-    response = await call.read()
-    await call.done_writing()
+    response = await list_services(router.channel).read()
     names = {service.name for service in response.list_services_response.service}
     assert {"headrace.v1.Inference", "headrace.v1.Cluster", "grpc.health.v1.Health"} <= names
-    call.cancel()
 
 
 async def test_elsewhere_services_are_not_listed():
@@ -348,8 +350,6 @@ async def test_elsewhere_services_are_not_listed():
         running_router(listen="0.0.0.0:0") as router,
         grpc.aio.insecure_channel(f"127.0.0.1:{router.server.port}") as channel,
     ):
-        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
-        await call.write(reflection_pb2.ServerReflectionRequest(list_services="*"))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.read()
+            await list_services(channel).read()
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED

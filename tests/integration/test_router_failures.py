@@ -212,12 +212,26 @@ async def test_a_broken_stream_is_resumed_and_no_token_is_lost_or_repeated(route
     resume = await decode.expect("resume")
     assert resume.key == key and list(resume.next_index) == [6]
     assert decode.router_hellos[0] == decode.router_hellos[1]
-    decode.say(key, 9, "late")  # overtook the replay: the router waits for what is missing
+    decode.say(key, 9, "late")  # these two overtook the replay: nothing of them can be used yet
     decode.say(key, 4, "ar and")
-    decode.say(key, 10, " on", finish=STOP)
+    decode.say(key, 6, " and late", finish=STOP)
     answer = await stream.end()
-    assert bytes(answer.token_ids[0]) == b"so far and on"
+    assert answer.text == {0: "so far and late"}
+    assert bytes(answer.token_ids[0]) == b"so far and late"
     assert decode.pending().count("reserve") == 0
+
+
+async def test_a_replay_that_crosses_with_news_is_asked_for_again(router: Harness):
+    prefill, decode = await router.pair()
+    stream = await advance(router, prefill, decode, "DECODING")
+    key = worker_pb2.RequestKey(tenant="default", request_id="one", attempt=1)
+    decode.break_stream()
+    assert list((await decode.expect("resume")).next_index) == [6]
+    decode.say(key, 6, "!")
+    decode.say(key, 6, "!?")  # the replay from 6, with what came since: its text cannot be cut
+    assert list((await decode.expect("resume")).next_index) == [7]
+    decode.say(key, 7, "?", finish=STOP)
+    assert (await stream.end()).text == {0: "so far!?"}
 
 
 async def test_missing_tokens_are_asked_for_again(router: Harness):
@@ -336,3 +350,4 @@ async def test_a_stopping_router_tells_its_clients_and_workers(router: Harness):
     answer = await stream.end()
     assert (answer.code, answer.error.cause) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     assert answer.error.retryable
+    assert (await worker.expect("cancel")).cause == "SHUTTING_DOWN"

@@ -105,6 +105,12 @@ REACH: dict[LeaseState, Callable[[Desk], None]] = {
     LeaseState.EXPIRED: _expired,
 }
 
+
+def _expire_late(desk: Desk) -> object:
+    desk.clock.now += 100
+    return desk.table.expire()
+
+
 MESSAGES: dict[str, Callable[[Desk], object]] = {
     "frame": lambda d: d.table.begin_landing(d.ref, 9, RECORD),
     "commit": lambda d: d.table.check_commit(d.ref, {0: RECORD}),
@@ -112,7 +118,7 @@ MESSAGES: dict[str, Callable[[Desk], object]] = {
     "abort": lambda d: d.table.abort(d.ref, "BY_SENDER"),
     "cancel": lambda d: d.table.cancel(REQUEST, 1, "BY_ROUTER"),
     "release": lambda d: d.table.release(d.grant.lease_id, "BY_OWNER"),
-    "expiry": lambda d: (setattr(d.clock, "now", d.clock.now + 100), d.table.expire())[1],
+    "expiry": _expire_late,
     "fence": lambda d: d.table.fence(99),
     "grant": lambda d: d.table.grant(REQUEST, 1, ttl_s=5, remaining_s=60),
     "grant, newer": lambda d: d.table.grant(REQUEST, 2, ttl_s=5, remaining_s=60),

@@ -87,8 +87,10 @@ class LeaseMachine(RuleBasedStateMachine):
         if pushes:
             self.network += [*(Message("frame", ref, number) for number in MANIFEST), Message("commit", ref)]
 
-    @rule(request=requests, offset=offsets)
-    def cancel(self, request: RequestId, offset: int) -> None:
+    @rule(request=requests, offset=offsets, really=st.integers(0, 2))
+    def cancel(self, request: RequestId, offset: int, really: int) -> None:
+        if really:
+            return  # or it would be most of what happens
         newest = self.newest_attempt(request)
         attempt = max(1, newest + offset)
         self.table.cancel(request, attempt, "CLIENT")
@@ -228,9 +230,10 @@ class LeaseMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.leases) > 3)
     @rule(really=st.integers(0, 3))
     def fence(self, really: int) -> None:
-        if really == 3:
-            self.table.fence(self.table.epoch + 1)
-            assert all(self.look(lease_id).is_over for lease_id in self.leases)
+        if really:
+            return
+        self.table.fence(self.table.epoch + 1)
+        assert all(self.look(lease_id).is_over for lease_id in self.leases)
 
     # ---- what always holds
 
@@ -289,4 +292,4 @@ class LeaseMachine(RuleBasedStateMachine):
 
 
 TestLeases = LeaseMachine.TestCase
-TestLeases.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+TestLeases.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

@@ -83,7 +83,7 @@ def test_the_profiles_that_the_readme_names_are_there() -> None:
 def test_a_profile_does_not_change() -> None:
     profile = parse_profile(GOOD, "p.yaml").profile
     with pytest.raises(ValidationError, match="frozen"):
-        profile.name = "other"  # type: ignore[misc]
+        profile.name = "other"
 
 
 def test_an_unknown_key_names_its_place_and_the_nearest_key() -> None:

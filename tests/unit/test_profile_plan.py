@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.explain import explain, render
+from cluster.memory import ModelFacts
 from cluster.placement import Node
-from cluster.plan import ClusterPlan, ModelFacts, environment, plan
+from cluster.plan import ClusterPlan, environment, plan
 from cluster.problems import Place, Problem, ProfileError
 from cluster.profile import parse_profile
 from cluster.profiles import find_profile
@@ -110,6 +111,22 @@ def test_more_memory_than_the_machine_has_names_the_place() -> None:
     (problem,) = problems_of("prefill: {}\ndecode: {kv_memory: 40GiB}\n", machine(2), model=model)
     assert problem.path == ("decode", "kv_memory")
     assert problem.message == "2 workers on vm want 44.0GiB of KV blocks and weights, it has 24.0GiB"
+
+
+SMOLLM2 = ModelFacts(weights_bytes=538 << 20, max_context=8192, kv_values_per_token=2 * 30 * 3 * 64)
+
+
+def test_less_memory_than_one_context_takes_says_how_much_is_needed() -> None:
+    (problem,) = problems_of("prefill: {}\ndecode: {kv_memory: 256MiB}\n", machine(2), model=SMOLLM2)
+    assert problem.path == ("decode", "kv_memory")
+    assert problem.message == "256MiB is less than one context of 8192 tokens"
+    assert problem.expected == "at least 384MiB, or a smaller model.max_context"
+
+
+def test_the_memory_that_is_left_out_holds_one_context_on_a_small_machine() -> None:
+    small = dataclasses.replace(machine(2), memory_bytes=2 * GIB)
+    result = planned("prefill: {}\ndecode: {}\n", small, model=SMOLLM2)
+    assert [worker.kv_bytes for worker in result.workers] == [384 << 20, 384 << 20]
 
 
 def test_more_memory_than_a_gpu_has_names_the_place() -> None:

@@ -91,7 +91,7 @@ class FakeWorker:
     inbox: deque = field(default_factory=deque)
     outbox: deque = field(default_factory=deque)
     leases: dict[tuple[str, int], Lease] = field(default_factory=dict)
-    jobs: set[tuple[str, int]] = field(default_factory=set)
+    jobs: dict[tuple[str, int], bool] = field(default_factory=dict)  # whether heard of since a break
     jobs_done: set[tuple[str, int]] = field(default_factory=set)
     cancelled: dict[str, int] = field(default_factory=dict)
 
@@ -116,12 +116,12 @@ class FakeWorker:
         elif name in self.jobs_done:
             self._send(prefill_finished=worker_pb2.PrefillFinished(key=message.key))
         else:
-            self.jobs.add(name)
+            self.jobs[name] = True
 
     def _on_cancel(self, message):
         request_id, attempt = message.key.request_id, message.key.attempt
         self.cancelled[request_id] = max(attempt, self.cancelled.get(request_id, 0))
-        self.jobs = {name for name in self.jobs if not self._is_cancelled(name)}
+        self.jobs = {name: heard for name, heard in self.jobs.items() if not self._is_cancelled(name)}
         self.leases = {name: lease for name, lease in self.leases.items() if not self._is_cancelled(name)}
 
     def _on_acknowledge(self, message):
@@ -135,7 +135,7 @@ class FakeWorker:
             self._fail(message.key, "UNKNOWN_REQUEST")
         else:
             lease.heard = True
-            lease.next_index = min(lease.next_index, message.next_index[0])
+            lease.next_index = message.next_index[0]
 
     def speakable(self):
         return [n for n, lease in self.leases.items() if lease.committed and lease.next_index < NUM_TOKENS]
@@ -152,11 +152,11 @@ class FakeWorker:
 
     def fail(self, name):
         self.leases.pop(name, None)
-        self.jobs.discard(name)
+        self.jobs.pop(name, None)
         self._fail(self.key(name), "NAN_LOGITS")
 
     def finish_job(self, name, decode):
-        self.jobs.remove(name)
+        del self.jobs[name]
         lease = decode.leases.get(name) if decode is not None else None
         if lease is None:
             self._fail(self.key(name), "LEASE_GONE")
@@ -169,6 +169,7 @@ class FakeWorker:
         self.connected = False
         self.inbox.clear()
         self.outbox.clear()
+        self.jobs = dict.fromkeys(self.jobs, False)
         for lease in self.leases.values():
             lease.heard = False
 
@@ -320,14 +321,12 @@ class Cluster:
             found[0].say(found[1], self.random.randint(1, NUM_TOKENS))
 
     def prefill_ends(self):
-        found = self._one_of((w, name) for w in self.workers.values() for name in sorted(w.jobs))
+        found = self._one_of((w, name) for w in self.workers.values() for name in w.jobs)
         if found is not None:
             found[0].finish_job(found[1], self._decode_worker_of(found[1]))
 
     def attempt_fails(self):
-        found = self._one_of(
-            (w, name) for w in self.workers.values() for name in (*w.leases, *sorted(w.jobs))
-        )
+        found = self._one_of((w, name) for w in self.workers.values() for name in (*w.leases, *w.jobs))
         if found is not None:
             found[0].fail(found[1])
 
@@ -378,9 +377,10 @@ class Cluster:
         moved = True
         while moved:
             self._quiesce()
+            self._check_that_nothing_stale_is_held()
             moved = False
             for worker in self.workers.values():
-                for name in sorted(worker.jobs):
+                for name in list(worker.jobs):
                     worker.finish_job(name, self._decode_worker_of(name))
                     moved = True
                 for name in worker.speakable():
@@ -388,6 +388,13 @@ class Cluster:
                     moved = True
                 self._report(worker, free_blocks=8)
             moved = moved or any(worker.inbox for worker in self.workers.values())
+
+    def _check_that_nothing_stale_is_held(self):
+        """What a worker holds belongs to a running attempt, or was not heard of: the worker's grace ends it."""
+        running = {(request.key.request_id, request.attempt) for request in self.book.live}
+        for worker in self.workers.values():
+            assert {name for name, heard in worker.jobs.items() if heard} <= running
+            assert {name for name, lease in worker.leases.items() if lease.heard} <= running
 
     def _decode_worker_of(self, name):
         return next((worker for worker in self.workers.values() if name in worker.leases), None)

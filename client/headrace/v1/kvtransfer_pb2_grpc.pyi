@@ -11,9 +11,12 @@ A message up is one frame:
 
   offset  size  field
   0       4     magic "HRF1"
-  4       4     header length H in bytes, unsigned little endian
-  8       H     header, msgpack map with the keys below
-  8+H     ...   payload, about 1 MiB
+  4       8     xxh3-64 of everything from offset 12 on, unsigned little endian
+  12      4     header length H in bytes, at most 1024, unsigned little endian
+  16      H     header, msgpack map with the keys below; unknown keys are ignored
+  16+H    ...   payload, about 1 MiB
+
+The checksum covers the header: a flipped bit in a range would land good bytes in a wrong place.
 
   key  type   meaning
   "l"  bin16  lease id
@@ -27,17 +30,18 @@ A message up is one frame:
   "e"  [a,b)  entries
   "c"  str    codec name
   "v"  uint   codec version
-  "b"  uint   raw length in bytes: what the piece is before the codec
-  "x"  uint   xxh3-64 of the payload as sent
+  "b"  uint   raw length in bytes, at most 64 MiB: what the piece is before the codec
 
 Payload before the codec: the piece in canonical order [layer, entry, head, field], fields in
 layout order, little endian, no padding.
 
-A message down is one acknowledgement, a msgpack map: {"n": frame number, "ok": bool,
-"w": reason when refused, "t": seconds from receipt to landed}. Every frame is acknowledged once,
-in the order it was sent. Bytes in flight are bounded by HTTP/2 flow control and the sender's window.
-A repeated frame is acknowledged again and lands once. A frame of an older attempt or another epoch
-is refused and counted. A damaged frame is refused: the lease stays, and the sender may send it again.
+A message down is one acknowledgement, a msgpack map: {"n": frame number, nil where a damaged frame
+does not tell; "ok": bool; "w": "CAUSE: message" where it did not land; "t": seconds from receipt to
+landed}. Every frame is acknowledged once, in the order it was sent. Bytes in flight are bounded by
+HTTP/2 flow control and the sender's window. A repeated frame is acknowledged again and lands once. A
+frame of an older attempt or another epoch is refused and counted. A damaged frame (DAMAGED_FRAME) is
+refused: the lease stays, and the sender may send it again; so is one that is being written at this
+moment by a repeat (FRAME_LANDING). Every other refusal is final for the transfer.
 """
 
 from collections import abc as _abc
