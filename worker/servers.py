@@ -19,7 +19,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.max_receive_message_length", MAX_CONTROL_BYTES),
     ("grpc.max_send_message_length", MAX_CONTROL_BYTES),
     ("grpc.so_reuseport", 0),

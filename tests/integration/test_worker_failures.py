@@ -185,15 +185,15 @@ class BrokenForward:
     """Makes the next forwards of an engine raise."""
 
     def __init__(self, engine: Engine, num_failures: int) -> None:
-        self._forward: Callable[[StepBatch], object] = engine.runner.forward
+        self._forward = engine.runner.forward
         self._left = num_failures
         engine.runner.forward = self._run  # type: ignore[method-assign, assignment]
 
-    def _run(self, batch: StepBatch) -> object:
+    def _run(self, batch: StepBatch, after_layer: Callable[[int], None]) -> object:
         if self._left:
             self._left -= 1
             raise RuntimeError("the device fell off the bus")
-        return self._forward(batch)
+        return self._forward(batch, after_layer)
 
 
 def test_a_failed_step_ends_the_requests_in_it_and_the_worker_goes_on(node: WorkerNode) -> None:
