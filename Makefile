@@ -40,7 +40,8 @@ down: $(STAMP)  ## stop what `make up` started
 
 test: model  ## lint and every test that fits in ten minutes on two cores
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -n 2 -m 'unit or integration'
+	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow'
 
 test-all: model  ## also the long ones
 	@$(BIN)/python -m pytest

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
 
-from cluster.launch import down, stay_off_engines, up
+from cluster.launch import down, up
 from cluster.profile import LoadedProfile, parse_profile
 from headrace import Client
-from worker.affinity import pin_process
 
 _HEAD = """
 version: 1
@@ -37,7 +35,8 @@ class BenchCluster:
             f"{worker.hello.worker_id} pid {worker.hello.pid} engine on cores {list(worker.hello.cpus)}"
             for worker in workers
         ]
-        return f"{'; '.join(places)}; everything else on the router's cores"
+        rest = "router, Ray and the workers' other threads off the decode core; this client anywhere"
+        return f"{'; '.join(places)}; {rest}"
 
 
 def split() -> LoadedProfile:
@@ -62,11 +61,8 @@ def running(profile: LoadedProfile, console: Console) -> Iterator[BenchCluster]:
     name = profile.profile.name
     with console.status(f"{name}: starting …"):
         state = up(profile)
-    cores = os.sched_getaffinity(0)
-    stay_off_engines(state)
     try:
         with console.status(f"{name}: measuring …"):
             yield BenchCluster(name, state.router_address)
     finally:
-        pin_process(cores)  # the next cluster is planned for the cores that this process sees
         down()

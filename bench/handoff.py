@@ -20,7 +20,7 @@ from bench.report import BenchReport
 from headrace import Client, Timing, Usage
 
 LENGTHS = (512, 2048, 4096)
-REPEATS = 5
+REPEATS = 3
 ANSWER_TOKENS = 16
 
 

@@ -34,7 +34,6 @@ from cluster.state import (
 )
 from cluster.wiring import Wiring
 from engine.models.config import ModelConfig, ModelConfigError
-from worker.affinity import pin_process
 
 START_TIMEOUT_S = 300.0
 SECRET_BYTES = 32
@@ -92,11 +91,6 @@ def running_cluster(home: Path | None = None) -> ClusterState:
             "start one with `headrace up PROFILE`"
         )
     return state
-
-
-def stay_off_engines(state: ClusterState) -> None:
-    """Move this process, a client of the cluster on the same machine, off the decode cores."""
-    pin_process(state.client_cpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +210,6 @@ class _Launch:
             ray_address=address,
             local_ray=ray,
             actors=(ROUTER_NAME, *(worker.worker_id for worker in wiring.plan.workers)),
-            client_cpus=wiring.plan.router.cpus if ray is not None else (),
         )
 
     def _with_port(self, planned: ClusterPlan) -> ClusterPlan:

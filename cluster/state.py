@@ -30,7 +30,6 @@ class ClusterState:
         ray_address: of the Ray cluster it runs on.
         local_ray: the Ray that `up` started, or None for one that was there before.
         actors: names of the actors, the router's first.
-        client_cpus: cores for clients on this machine, off the decode cores; empty leaves them alone.
         ready: whether `up` came to its end.
     """
 
@@ -40,7 +39,6 @@ class ClusterState:
     ray_address: str
     local_ray: LocalRay | None
     actors: tuple[str, ...] = ()
-    client_cpus: tuple[int, ...] = ()
     ready: bool = False
 
     @property
@@ -73,7 +71,7 @@ def read_state(run_dir: Path) -> ClusterState | None:
             raise ValueError("it is of another version")
         local_ray = content["local_ray"]
         content["local_ray"] = LocalRay(**local_ray) if local_ray else None
-        content |= {key: tuple(content[key]) for key in ("actors", "client_cpus")}
+        content["actors"] = tuple(content["actors"])
         return ClusterState(**content)
     except FileNotFoundError:
         return None

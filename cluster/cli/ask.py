@@ -10,7 +10,7 @@ import typer
 
 from cluster.cli.console import err, fail, out, stream
 from cluster.errors import NotRunningError
-from cluster.launch import running_cluster, stay_off_engines
+from cluster.launch import running_cluster
 from headrace import Answer, AnswerOptions, Client, HeadraceError, Message
 
 ADDRESS_VARIABLE, KEY_VARIABLE = "HEADRACE_ADDRESS", "HEADRACE_API_KEY"
@@ -118,7 +118,6 @@ def connect(address: str, api_key: str) -> Client:
         state = running_cluster()
         if not state.ready:
             raise NotRunningError(f"the cluster of profile {state.profile} is still starting")
-        stay_off_engines(state)
         address = state.router_address
     return Client(address, api_key=api_key or None)
 

@@ -13,7 +13,7 @@ from cluster.cli.ask import show
 from cluster.cli.console import LaunchProgress, out, stream
 from cluster.cli.stages import stages_table
 from cluster.errors import ClusterError
-from cluster.launch import down, stay_off_engines, up
+from cluster.launch import down, up
 from cluster.profile import LoadedProfile
 from cluster.profiles import find_profile
 from headrace import Answer, Client, Message
@@ -46,7 +46,6 @@ def demo(
     with LaunchProgress() as progress:
         state = up(loaded, progress=progress)
     try:
-        stay_off_engines(state)
         with Client(state.router_address, timeout_s=TIMEOUT_S) as client:
             answers = [(prompt.name, _answer(client, prompt)) for prompt in prompts]
         out.print(stages_table(answers))
