@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
-from collections.abc import Iterator
 
 import pytest
 
-from cluster.launch import down, up
-from cluster.profile import parse_profile
 from headrace import AsyncClient, Client, HeadraceError, RetryPolicy, Unavailable
 from headrace.v1.cluster_pb2 import WorkerStatus
-from tests.tiny_model import make_tiny_model
+from tests.e2e.conftest import Home, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 PROFILE = """
 version: 1
-name: test-killed
+name: killed
 model: {path: tiny}
 prefill: {replicas: 1, kv_memory: 64MiB}
 decode: {replicas: 2, kv_memory: 64MiB}
@@ -28,18 +24,13 @@ router: {grpc: "127.0.0.1:0"}
 """
 NUM_REQUESTS = 8
 ANSWER_TOKENS = 450
-BACK_WITHIN_S = 90.0
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    home = tmp_path_factory.mktemp("home")
-    make_tiny_model(home / "models" / "tiny")
-    state = up(parse_profile(PROFILE, "tests"), home=home)
-    try:
-        yield state.router_address
-    finally:
-        down(home=home)
+@pytest.fixture
+def address(home: Home) -> str:
+    started = home.up(PROFILE)
+    assert started.returncode == 0, started.stderr
+    return home.state().router_address
 
 
 def decode_workers(client: Client) -> dict[str, WorkerStatus]:
@@ -87,17 +78,11 @@ def test_only_the_killed_workers_requests_fail_and_it_comes_back(address: str) -
             assert isinstance(failure, Unavailable)
             assert (failure.stage, failure.cause, failure.retryable) == ("decode", "WORKER_LOST", True)
         assert [r for r in results if isinstance(r, int)] == [ANSWER_TOKENS] * (NUM_REQUESTS - len(failures))
-        returned = wait_for_return(client, victim.epoch)
-        assert returned.hello.epoch != victim.epoch
+        wait_until(lambda: is_back(client, victim.epoch), "the killed worker's return")
         assert decode_workers(client)["decode-0"].hello.epoch == before["decode-0"].hello.epoch
         assert len(client.generate([5, 6, 7], max_tokens=8, ignore_eos=True).token_ids) == 8
 
 
-def wait_for_return(client: Client, old_epoch: int) -> WorkerStatus:
-    end = time.monotonic() + BACK_WITHIN_S
-    while time.monotonic() < end:
-        worker = decode_workers(client).get("decode-1")
-        if worker is not None and worker.hello.epoch != old_epoch:
-            return worker
-        time.sleep(0.5)
-    pytest.fail(f"decode-1 was not back within {BACK_WITHIN_S} s")
+def is_back(client: Client, old_epoch: int) -> bool:
+    worker = decode_workers(client).get("decode-1")
+    return worker is not None and worker.hello.epoch != old_epoch
