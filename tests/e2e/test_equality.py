@@ -110,4 +110,4 @@ def test_greedy_answers_are_the_references_wherever_it_is_sure(
         assert [t for t, ok in zip(answer, sure, strict=True) if ok] == [
             t for t, ok in zip(likeliest, sure, strict=True) if ok
         ]
-    assert num_sure > 0.99 * len(prompts) * ANSWER_TOKENS
+    assert num_sure > 0.98 * len(prompts) * ANSWER_TOKENS
