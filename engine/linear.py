@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-_onednn_linear = torch.ops.mkldnn._linear_pointwise.default  # looked up once: a step calls it 121 times
 MIN_ROWS = 2  # fewer rows would take a kernel of their own
 
 
@@ -33,7 +32,7 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
         if self._onednn:
-            y = _onednn_linear(x, self._weight, self._bias, "none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         else:
             y = F.linear(x, self._weight, self._bias)
         return y.float()

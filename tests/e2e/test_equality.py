@@ -17,7 +17,7 @@ from tests.real_prompts import real_prompts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 24
 CONCURRENCY = 8
 TOLERANCE = 1e-3  # of a logit: below it the reference's own summation order decides
 
@@ -110,4 +110,4 @@ def test_greedy_answers_are_the_references_wherever_it_is_sure(
         assert [t for t, ok in zip(answer, sure, strict=True) if ok] == [
             t for t, ok in zip(likeliest, sure, strict=True) if ok
         ]
-    assert num_sure > 0.98 * len(prompts) * ANSWER_TOKENS
+    assert num_sure > 0.99 * len(prompts) * ANSWER_TOKENS
