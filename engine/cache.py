@@ -8,6 +8,7 @@ The last block belongs to nobody: padding rows write there and padded tiles read
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ def gqa_layout(
 ) -> CacheLayout:
     """Two paged planes, one entry a token: the cache of grouped-query attention."""
 
-    def plane(name: str) -> Plane:
-        return Plane(name, num_layers, Paged(1), num_kv_heads, (Field(name, head_dim, dtype),))
+    def plane(name: str, scale_along: Literal["token", "channel"]) -> Plane:
+        fields = (Field(name, head_dim, dtype),)
+        return Plane(name, num_layers, Paged(1), num_kv_heads, fields, scale_along)
 
-    return CacheLayout((plane("k"), plane("v")), block_tokens)
+    return CacheLayout((plane("k", "channel"), plane("v", "token")), block_tokens)
 
 
 class PagedCache:
@@ -59,17 +61,21 @@ class PagedCache:
         """Bytes of all planes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.planes.values())
 
-    def gather(self, owner: bytes, piece: Piece) -> np.ndarray:
-        """The piece's bytes in canonical order [layer, entry, head, field], as uint8 of its own memory."""
+    def gather(
+        self, owner: bytes, piece: Piece, wire: Plane, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The piece's canonical bytes (see CacheStore)."""
         source = self._cut(piece).index_select(2, self._slots(owner, piece))
-        return source.transpose(1, 2).contiguous().cpu().view(torch.uint8).numpy().reshape(-1)
+        rows = source.transpose(1, 2).to(DTYPES[wire.fields[0].dtype]).contiguous()
+        raw = rows.view(torch.uint8).reshape(-1)
+        return raw if out is None else out.copy_(raw)
 
-    def scatter(self, owner: bytes, piece: Piece, data: memoryview | np.ndarray) -> None:
+    def scatter(self, owner: bytes, piece: Piece, wire: Plane, data: torch.Tensor) -> None:
         """Write a piece that `gather` gave, here or on another worker."""
         target = self._cut(piece)
         shape = (len(piece.layers), len(piece.entries), len(piece.heads), target.shape[-1])
-        raw = torch.from_numpy(_readable(data)).view(target.dtype)
-        rows = raw.view(shape).transpose(1, 2).to(target.device)
+        raw = data.view(DTYPES[wire.fields[0].dtype])
+        rows = raw.view(shape).transpose(1, 2).to(target.device, target.dtype)
         target.index_copy_(2, self._slots(owner, piece), rows)
 
     def fence(self) -> None:
@@ -105,18 +111,3 @@ class PagedCache:
         size = self.layout.block_tokens
         slots = np.asarray(blocks, dtype=np.int64)[:, None] * size + np.arange(size)
         return torch.from_numpy(slots.reshape(-1)).to(next(iter(self.planes.values())).device)
-
-
-class _Borrowed:
-    """Memory of somebody else's, as an array that calls itself writable."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
-        address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
-
-
-def _readable(data: memoryview | np.ndarray) -> np.ndarray:
-    """`data` as uint8 without a copy. gRPC gives read-only memory, which torch refuses; nothing writes through this."""
-    array = np.frombuffer(data, dtype=np.uint8)
-    return array if array.flags.writeable else np.asarray(_Borrowed(array))

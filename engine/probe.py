@@ -56,7 +56,7 @@ def _run(runner: ModelRunner, owner: bytes, tokens: list[int], sizes: Rows[int])
         logits = runner.forward(batch)[[row.sequence for row in batch.drawing].index(sequence)]
         start += size
     pieces = pieces_for(runner.layout, range(len(tokens)))
-    bits = [np.array(runner.cache.gather(owner, piece)) for piece in pieces]
+    bits = [runner.cache.gather(owner, p, runner.layout.plane(p.plane)).cpu().numpy() for p in pieces]
     for each in opened:
         runner.cache.scrub(runner.pool.close(owner_of(each)))
     return [*bits, logits]

@@ -30,7 +30,7 @@ _LENGTH = struct.Struct("<I")
 _HEADER_START = _PREFIX.size + _LENGTH.size
 _UNPACK_LIMITS = {
     "max_map_len": 16,
-    "max_array_len": 2,
+    "max_array_len": 8,
     "max_str_len": 256,
     "max_bin_len": LEASE_ID_BYTES,
     "max_ext_len": 0,
@@ -59,6 +59,8 @@ class FrameHeader:
     codec: str
     codec_version: int
     raw_bytes: int
+    dtypes: tuple[str, ...]
+    fidelity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,8 @@ def _pack_header(header: FrameHeader) -> bytes:
         "c": header.codec,
         "v": header.codec_version,
         "b": header.raw_bytes,
+        "d": header.dtypes,
+        "f": header.fidelity,
     }
     return cast("bytes", msgpack.packb(fields))
 
@@ -176,7 +180,14 @@ def _unpack_header(packed: memoryview) -> FrameHeader:
     lease = LeaseRef(lease_id, _uint(fields, "a", 32), _uint(fields, "s", 64), _uint(fields, "r", 64))
     piece = Piece(_text(fields, "p"), _range(fields, "y"), _range(fields, "h"), _range(fields, "e"))
     return FrameHeader(
-        lease, _uint(fields, "n", 32), piece, _text(fields, "c"), _uint(fields, "v", 32), raw_bytes
+        lease,
+        _uint(fields, "n", 32),
+        piece,
+        _text(fields, "c"),
+        _uint(fields, "v", 32),
+        raw_bytes,
+        _texts(fields, "d"),
+        _uint(fields, "f", 8),
     )
 
 
@@ -202,6 +213,13 @@ def _text(fields: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise DamagedFrame(f"header key {key!r} must be text")
     return value
+
+
+def _texts(fields: dict[str, Any], key: str) -> tuple[str, ...]:
+    value = fields.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DamagedFrame(f"header key {key!r} must be a list of texts")
+    return tuple(value)
 
 
 def _range(fields: dict[str, Any], key: str) -> range:

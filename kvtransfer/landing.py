@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from kvtransfer.cache_store import CacheStore
     from kvtransfer.codecs import Codec
     from kvtransfer.desk import LeaseDesk
     from kvtransfer.frames import Frame, FrameHeader
-    from kvtransfer.layouts import CacheLayout, CacheStore
+    from kvtransfer.layouts import CacheLayout, Plane
     from kvtransfer.lease_types import Landing
 
 _log = logging.getLogger(__name__)
@@ -67,29 +68,30 @@ class FrameLander:
         if self._pace is not None:
             self._pace(len(frame.payload))
         try:
-            codec = self._check(frame.header)
-            refused = self._admit_and_write(frame, codec)
+            codec, wire = self._check(frame.header)
+            refused = self._admit_and_write(frame, codec, wire)
         except _CannotLand as error:
             return Ack(number, ok=False, cause=error.fault, message=str(error))
         if refused is not None:
             return Ack(number, ok=False, cause=refused.refusal, message=refused.message)
         return Ack(number, ok=True, landing_s=self._clock() - received_at)
 
-    def _check(self, header: FrameHeader) -> Codec:
+    def _check(self, header: FrameHeader) -> tuple[Codec, Plane]:
         try:
             self._layout.check(header.piece)
+            wire = self._layout.plane(header.piece.plane).with_dtypes(header.dtypes)
         except ValueError as error:
             raise _CannotLand(AckFault.BAD_PIECE, str(error)) from None
-        num_bytes = header.piece.num_bytes(self._layout)
+        num_bytes = wire.num_bytes(header.piece)
         if header.raw_bytes != num_bytes:
             text = f"raw length {header.raw_bytes}, but the piece has {num_bytes} bytes here"
             raise _CannotLand(AckFault.BAD_PIECE, text)
         try:
-            return find_codec(header.codec, header.codec_version)
+            return find_codec(header.codec, header.codec_version), wire
         except UnknownCodec as error:
             raise _CannotLand(AckFault.UNKNOWN_CODEC, str(error)) from None
 
-    def _admit_and_write(self, frame: Frame, codec: Codec) -> Refused | None:
+    def _admit_and_write(self, frame: Frame, codec: Codec, wire: Plane) -> Refused | None:
         header = frame.header
         with self._desk.change() as table:
             answer = table.begin_landing(header.lease, header.number, frame.record)
@@ -99,26 +101,25 @@ class FrameLander:
             return None
         landed = False
         try:
-            self._write(answer, frame, codec)
+            self._write(answer, frame, codec, wire)
             landed = True
         finally:
             with self._desk.change() as table:
                 table.end_landing(answer, frame.record, header.piece, landed=landed)
         return None
 
-    def _write(self, landing: Landing, frame: Frame, codec: Codec) -> None:
+    def _write(self, landing: Landing, frame: Frame, codec: Codec, wire: Plane) -> None:
         piece = frame.header.piece
-        plane = self._layout.plane(piece.plane)
-        if isinstance(plane.kind, Paged):
-            first = landing.start_token // plane.kind.tokens_per_entry
+        if isinstance(wire.kind, Paged):
+            first = landing.start_token // wire.kind.tokens_per_entry
             if piece.entries.start < first:
                 text = f"entries from {piece.entries.start}, but those below {first} are shared prefix here"
                 raise _CannotLand(AckFault.BAD_PIECE, text)
         try:
-            raw = memoryview(codec.decode(frame.payload, plane, piece)).cast("B")
+            raw = codec.decode(frame.payload, wire, piece)
             if len(raw) != frame.header.raw_bytes:
                 raise ValueError(f"decoded to {len(raw)} bytes, declared {frame.header.raw_bytes}")
-            self._cache.scatter(landing.lease_id, piece, raw)
+            self._cache.scatter(landing.lease_id, piece, wire, raw)
         except Exception as error:  # codecs and stores may fail in any way: one frame pays for it
             _log.warning("frame %d of lease %s failed to land", frame.header.number, landing.lease_id.hex())
             raise _CannotLand(AckFault.LANDING_FAILED, f"{type(error).__name__}: {error}") from error

@@ -11,13 +11,11 @@ little endian, no padding.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from typing_extensions import Buffer
+    from collections.abc import Iterator, Sequence
 
 DTYPE_BYTES = {
     "float32": 4,
@@ -29,7 +27,15 @@ DTYPE_BYTES = {
     "uint8": 1,
 }
 
+CONVERTIBLE = frozenset({"float32", "bfloat16", "float16"})
+"""Dtypes whose numbers may change into each other on the way; all others travel as they are."""
+
 DEFAULT_PIECE_BYTES = 1 << 20
+
+
+def convertible(source: str, target: str) -> bool:
+    """Whether numbers stored as `source` may travel or be stored as `target`."""
+    return source == target or (source in CONVERTIBLE and target in CONVERTIBLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +86,18 @@ Kind: TypeAlias = Paged | Window
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One kind of state of all `layers` that have it. `heads` = 1: replicated, sent by one rank."""
+    """One kind of state of all `layers` that have it. `heads` = 1: replicated, sent by one rank.
+
+    `scale_along`: what shares a scale when the plane is quantized. Keys have outliers in fixed channels
+    ("channel"), values in single tokens ("token"). A hint to codecs, no part of the identity.
+    """
 
     name: str
     layers: int
     kind: Kind
     heads: int
     fields: tuple[Field, ...]
+    scale_along: Literal["token", "channel"] = "token"
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.heads < 1 or not self.fields:
@@ -96,6 +107,28 @@ class Plane:
     def record_bytes(self) -> int:
         """Bytes of one entry, one layer, one head."""
         return sum(field.num_bytes for field in self.fields)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Of the fields, in order."""
+        return tuple(field.dtype for field in self.fields)
+
+    def with_dtypes(self, dtypes: Sequence[str]) -> Plane:
+        """The same plane with other dtypes on the wire or in memory. Raises ValueError for another number of
+        them, an unknown one, or one that numbers of this field are not converted to (`convertible`)."""
+        if len(dtypes) != len(self.fields):
+            raise ValueError(f"plane {self.name!r} has {len(self.fields)} fields, got {len(dtypes)} dtypes")
+        for field, dtype in zip(self.fields, dtypes, strict=True):
+            if not convertible(field.dtype, dtype):
+                raise ValueError(
+                    f"plane {self.name!r}: field {field.name!r} is {field.dtype} here, cannot be {dtype}"
+                )
+        fields = tuple(replace(field, dtype=d) for field, d in zip(self.fields, dtypes, strict=True))
+        return replace(self, fields=fields)
+
+    def num_bytes(self, piece: Piece) -> int:
+        """Canonical bytes of a piece of this plane in this plane's dtypes."""
+        return len(piece.layers) * len(piece.heads) * len(piece.entries) * self.record_bytes
 
     def live(self, num_tokens: int) -> range:
         """The entries that hold something at a length of `num_tokens`."""
@@ -117,8 +150,7 @@ class Piece:
 
     def num_bytes(self, layout: CacheLayout) -> int:
         """Canonical bytes. Raises KeyError when the layout lacks the plane."""
-        records = len(self.layers) * len(self.heads) * len(self.entries)
-        return records * layout.plane(self.plane).record_bytes
+        return layout.plane(self.plane).num_bytes(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +186,17 @@ class CacheLayout:
         """Canonical bytes of a whole sequence of `num_tokens`, windows included."""
         return sum(p.layers * self.entry_bytes(p) * len(p.live(num_tokens)) for p in self.planes)
 
+    def with_dtypes(self, dtypes: Sequence[Sequence[str]]) -> CacheLayout:
+        """The same layout with other dtypes, given plane by plane. Raises ValueError as Plane.with_dtypes does."""
+        planes = zip(self.planes, dtypes, strict=True)
+        return replace(self, planes=tuple(plane.with_dtypes(fields) for plane, fields in planes))
+
     def identity(self) -> str:
-        """Hex digest, equal for two workers whose pieces mean the same: planes and dtypes, not block size."""
-        digest = hashlib.blake2b(digest_size=16, person=b"headrace-layout1")
+        """Hex digest, equal for two workers whose pieces mean the same: planes and fields, not their dtypes and
+        not the block size, which are shape and are converted (design §3.6)."""
+        digest = hashlib.blake2b(digest_size=16, person=b"headrace-layout2")
         for plane in self.planes:
-            fields = [(field.name, field.width, field.dtype) for field in plane.fields]
+            fields = [(field.name, field.width) for field in plane.fields]
             facts = (plane.name, plane.layers, str(plane.kind), plane.heads, fields)
             digest.update(f"{facts!r}\n".encode())
         return digest.hexdigest()
@@ -180,29 +218,6 @@ class CacheLayout:
                 )
             if limit is not None and box.stop > limit:
                 raise ValueError(f"plane {plane.name!r}: {axis} end at {box.stop}, the plane has {limit}")
-
-
-class CacheStore(Protocol):
-    """Where pieces are read from and written to: an engine's pools, a host arena, a test's arrays.
-
-    `owner` is the lease id under which the store holds the sequence's memory. Both calls may come
-    from other threads than the engine's, while a step computes.
-    """
-
-    def gather(self, owner: bytes, piece: Piece) -> Buffer:
-        """The piece's canonical bytes, C-contiguous, good until the same thread's next call.
-
-        Raises KeyError for an unknown owner, ValueError for entries that the owner lacks.
-        """
-
-    def scatter(self, owner: bytes, piece: Piece, data: Buffer) -> None:
-        """Writes canonical bytes; `data` may be reused as soon as this returns.
-
-        Raises KeyError for an unknown owner, ValueError for entries that the owner lacks or a wrong length.
-        """
-
-    def fence(self) -> None:
-        """Returns when everything scattered so far is visible to the engine's next step."""
 
 
 def pieces_for(

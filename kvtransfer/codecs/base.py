@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Buffer
 
     from kvtransfer.layouts import Piece, Plane
@@ -27,7 +28,8 @@ class Codec(Protocol):
     """Stateless, safe to call from several threads, and a function of its inputs alone: a frame sent
     again must become the same bytes.
 
-    `plane` and `piece` tell how to read the canonical bytes: [layer, entry, head, field].
+    `plane` (with the dtypes that the bytes have) and `piece` tell how to read the canonical bytes
+    [layer, entry, head, field]. What a codec cannot shrink it passes on (fields that are no floats, say).
     """
 
     @property
@@ -39,11 +41,12 @@ class Codec(Protocol):
     @property
     def fidelity(self) -> Fidelity: ...
 
-    def encode(self, raw: Buffer, plane: Plane, piece: Piece) -> Buffer:
-        """The payload. May be a view of `raw`."""
+    def encode(self, raw: torch.Tensor, plane: Plane, piece: Piece) -> Buffer:
+        """The payload, in host memory; `raw` is uint8 [plane.num_bytes(piece)] on any device. May be a view."""
 
-    def decode(self, payload: Buffer, plane: Plane, piece: Piece) -> Buffer:
-        """The canonical bytes; exactly the piece's length. May be a view of `payload`.
+    def decode(self, payload: Buffer, plane: Plane, piece: Piece) -> torch.Tensor:
+        """The canonical bytes: uint8 [plane.num_bytes(piece)] in host memory. May be a view of `payload`, and
+        is then not to be written to.
 
         Raises ValueError for a payload that is not one of this codec for this piece, before it
         allocates more than the piece needs.

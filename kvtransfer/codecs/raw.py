@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvtransfer.codecs.base import Fidelity
+from kvtransfer.codecs.memory import readable
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Buffer
 
     from kvtransfer.layouts import Piece, Plane
@@ -19,8 +21,8 @@ class RawCodec:
     version = 1
     fidelity = Fidelity.EXACT
 
-    def encode(self, raw: Buffer, plane: Plane, piece: Piece) -> Buffer:
-        return raw
+    def encode(self, raw: torch.Tensor, plane: Plane, piece: Piece) -> Buffer:
+        return raw.cpu().numpy().data
 
-    def decode(self, payload: Buffer, plane: Plane, piece: Piece) -> Buffer:
-        return payload
+    def decode(self, payload: Buffer, plane: Plane, piece: Piece) -> torch.Tensor:
+        return readable(payload)

@@ -47,9 +47,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from headrace.v1.kvtransfer_pb2 import CommitResponse, Handoff
+    from kvtransfer.cache_store import CacheStore
     from kvtransfer.codecs import Codec
     from kvtransfer.frames import LeaseRef
-    from kvtransfer.layouts import CacheLayout, CacheStore
+    from kvtransfer.layouts import CacheLayout
 
 _T = TypeVar("_T")
 _STREAM_OVER = -1
@@ -301,10 +302,16 @@ class PushSession:
         plane = self._layout.plane(piece.plane)
         codec = self._codec
         header = FrameHeader(
-            self._lease, number, piece, codec.name, codec.version, self._ledger.raw_bytes(number)
+            self._lease,
+            number,
+            piece,
+            codec.name,
+            codec.version,
+            self._ledger.raw_bytes(number),
+            plane.dtypes,
         )
         try:
-            payload = codec.encode(self._cache.gather(self._owner, piece), plane, piece)
+            payload = codec.encode(self._cache.gather(self._owner, piece, plane), plane, piece)
             message, checksum = encode_frame(header, payload)
         except Exception as error:
             # Stores and codecs may fail in any way; gRPC would only log it and cancel the stream.

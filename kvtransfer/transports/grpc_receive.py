@@ -22,9 +22,10 @@ from kvtransfer.transports.seam import HANDOFF_MAJOR, HandoffRefused, wire_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvtransfer.cache_store import CacheStore
     from kvtransfer.desk import LeaseDesk
     from kvtransfer.landing import FrameLander
-    from kvtransfer.layouts import CacheLayout, CacheStore
+    from kvtransfer.layouts import CacheLayout
     from kvtransfer.leases import LeaseTable
 
 _log = logging.getLogger(__name__)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 import numpy as np
+import torch
 
 from headrace.v1 import kvtransfer_pb2 as pb
 from kvtransfer.codecs import newest_codec
+from kvtransfer.codecs.memory import readable
 from kvtransfer.desk import LeaseDesk
 from kvtransfer.frames import FrameHeader, LeaseRef, encode_frame
 from kvtransfer.landing import FrameLander
@@ -24,8 +26,6 @@ from kvtransfer.transports.grpc_receive import BulkReceiver, KvTransferService, 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from typing_extensions import Buffer
 
     from kvtransfer.codecs import Codec
     from kvtransfer.transports.seam import CommitOutcome
@@ -80,7 +80,7 @@ class PagedStore:
         for plane in self.layout.planes:
             live = plane.live(num_tokens)
             piece = Piece(plane.name, range(plane.layers), range(plane.heads), live)
-            self.scatter(owner, piece, rng.bytes(piece.num_bytes(self.layout)))
+            self.scatter(owner, piece, plane, readable(rng.bytes(plane.num_bytes(piece))))
 
     def read(self, owner: bytes, num_tokens: int, start_token: int = 0) -> dict[str, bytes]:
         """Canonical bytes of each plane from `start_token` on."""
@@ -90,20 +90,23 @@ class PagedStore:
             if isinstance(plane.kind, Paged):
                 live = range(start_token // plane.kind.tokens_per_entry, live.stop)
             piece = Piece(plane.name, range(plane.layers), range(plane.heads), live)
-            whole[plane.name] = bytes(self.gather(owner, piece)) if live else b""
+            whole[plane.name] = self.gather(owner, piece, plane).numpy().tobytes() if live else b""
         return whole
 
-    def gather(self, owner: bytes, piece: Piece) -> Buffer:
+    def gather(
+        self, owner: bytes, piece: Piece, wire: Plane, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         pool = self._pools[piece.plane]
         box = pool[_span(piece.layers), self._slots(owner, piece), _span(piece.heads)]
-        return np.ascontiguousarray(box).reshape(-1)
+        raw = torch.from_numpy(np.ascontiguousarray(box).reshape(-1))
+        return raw if out is None else out.copy_(raw)
 
-    def scatter(self, owner: bytes, piece: Piece, data: Buffer) -> None:
+    def scatter(self, owner: bytes, piece: Piece, wire: Plane, data: torch.Tensor) -> None:
         self.num_scatters += 1
         pool = self._pools[piece.plane]
         shape = (len(piece.layers), len(piece.entries), len(piece.heads), pool.shape[-1])
         slots = self._slots(owner, piece)
-        pool[_span(piece.layers), slots, _span(piece.heads)] = np.frombuffer(data, np.uint8).reshape(shape)
+        pool[_span(piece.layers), slots, _span(piece.heads)] = data.numpy().reshape(shape)
 
     def fence(self) -> None:
         self.num_fences += 1
@@ -252,8 +255,9 @@ class Sender:
         self, ref: LeaseRef, number: int, piece: Piece, codec: tuple[str, int] = ("raw", 1)
     ) -> tuple[bytes, int]:
         """One frame by hand: its message and checksum."""
-        header = FrameHeader(ref, number, piece, *codec, piece.num_bytes(self.layout))
-        return encode_frame(header, self.store.gather(self.OWNER, piece))
+        plane = self.layout.plane(piece.plane)
+        header = FrameHeader(ref, number, piece, *codec, plane.num_bytes(piece), plane.dtypes)
+        return encode_frame(header, self.store.gather(self.OWNER, piece, plane).numpy().data)
 
     def close(self) -> None:
         self.channel.close()

@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -282,8 +282,18 @@ def test_pieces_that_do_not_fit_are_refused_and_the_stream_goes_on(
 def test_a_frame_that_declares_another_length_is_refused(receiver: Receiver, sender: Sender) -> None:
     """Before anything of that length is allocated."""
     piece = piece_of(sender)
-    header = FrameHeader(sender.ref(receiver.grant(64)), 0, piece, "raw", 1, piece.num_bytes(GQA) + 1)
-    message, _ = encode_frame(header, sender.store.gather(sender.OWNER, piece))
+    header = FrameHeader(
+        sender.ref(receiver.grant(64)),
+        0,
+        piece,
+        "raw",
+        1,
+        piece.num_bytes(GQA) + 1,
+        GQA.plane(piece.plane).dtypes,
+    )
+    message, _ = encode_frame(
+        header, sender.store.gather(sender.OWNER, piece, GQA.plane(piece.plane)).numpy().data
+    )
     assert [ack.cause for ack in acks_of(sender, message)] == ["BAD_PIECE"]
 
 
@@ -504,11 +514,11 @@ def test_after_an_abort_nothing_reads_the_senders_cache(receiver: Receiver, send
     reading, let_go = threading.Event(), threading.Event()
     gather = sender.store.gather
 
-    def slow_gather(owner: bytes, piece: Piece) -> np.ndarray:
+    def slow_gather(owner: bytes, piece: Piece, wire: Plane) -> torch.Tensor:
         reading.set()
         assert let_go.wait(10)
         finished.append(piece)
-        return gather(owner, piece)
+        return gather(owner, piece, wire)
 
     finished: list[Piece] = []
     sender.store.gather = slow_gather  # type: ignore[method-assign]
@@ -690,9 +700,9 @@ def test_bytes_in_flight_are_bounded(sender: Sender) -> None:
     sizes: list[int] = []
     gather = sender.store.gather
 
-    def counting_gather(owner: bytes, piece: Piece) -> np.ndarray:
+    def counting_gather(owner: bytes, piece: Piece, wire: Plane) -> torch.Tensor:
         sizes.append(piece.num_bytes(GQA))
-        return gather(owner, piece)
+        return gather(owner, piece, wire)
 
     sender.store.gather = counting_gather  # type: ignore[method-assign]
     session = sender.session(receiver.grant(200), options=PushOptions(frame_bytes=4096, window_bytes=20_000))

@@ -120,7 +120,8 @@ def test_a_handed_over_prompt_goes_on_as_if_computed_here(
     while here.has_work():
         first += [event.first for event in here.step().events if isinstance(event, PrefillDone)]
     for piece in pieces_for(here.layout, range(num_tokens)):
-        there.cache.scatter(lease, piece, here.cache.gather(local, piece))
+        wire = here.layout.plane(piece.plane)
+        there.cache.scatter(lease, piece, wire, here.cache.gather(local, piece, wire))
     there.adopt(lease, prompt, sampling, first[0])
     answers = [[drawn.token_id] for drawn in first[0]]
     while there.has_work():

@@ -61,10 +61,12 @@ def test_bytes_of_a_mixed_record() -> None:
     assert Piece("v4", range(2), range(1), range(1, 3)).num_bytes(layout) == 4 * 576
 
 
-def test_identity_covers_planes_and_dtypes_but_not_the_block_size() -> None:
+def test_identity_covers_planes_but_neither_dtypes_nor_the_block_size() -> None:
     narrower = Plane("v", 30, Paged(1), 3, (Field("v", 64, "bfloat16"),))
+    wider = Plane("v", 30, Paged(1), 3, (Field("v", 128, "float32"),))
     assert CacheLayout(GQA.planes, 64).identity() == GQA.identity()
-    assert CacheLayout((GQA.planes[0], narrower), 16).identity() != GQA.identity()
+    assert CacheLayout((GQA.planes[0], narrower), 16).identity() == GQA.identity()
+    assert CacheLayout((GQA.planes[0], wider), 16).identity() != GQA.identity()
     assert CacheLayout(GQA.planes[::-1], 16).identity() != GQA.identity()
 
 

@@ -31,6 +31,8 @@ The checksum covers the header: a flipped bit in a range would land good bytes i
   "c"  str    codec name
   "v"  uint   codec version
   "b"  uint   raw length in bytes, at most 64 MiB: what the piece is before the codec
+  "d"  [str]  dtypes of the plane's fields in this frame; the receiver converts them where its own differ
+  "f"  uint   worst fidelity class of what is sent, before the codec: 0 exact, 1 near, 2 compact
 
 Payload before the codec: the piece in canonical order [layer, entry, head, field], fields in
 layout order, little endian, no padding.

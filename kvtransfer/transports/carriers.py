@@ -1,0 +1,51 @@
+"""How a frame's payload may travel beside the gRPC stream: through landing slots that the receiver owns.
+
+The stream carries everything else: leases, headers, acknowledgements, and the payload itself wherever a
+carrier is missing or has failed. A slot is written by the sender, named in a frame, read by the receiver, and
+free again when that frame is acknowledged. Slots are bounded and are never pool blocks (design §5).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CarrierFailed(Exception):
+    """The carrier cannot be used, or no longer; the transfer goes on over gRPC. The message says why."""
+
+
+class LandingSlots(Protocol):
+    """The receiver's end for one stream: `num_slots` slots of `slot_bytes` each."""
+
+    num_slots: int
+    slot_bytes: int
+
+    def offer(self) -> dict[str, Any]:
+        """What the sender needs to write into the slots, in msgpack's types; its key "kind" names the carrier."""
+
+    def read(self, slot: int, num_bytes: int) -> memoryview:
+        """The slot's first bytes as the sender left them, without a copy. Raises CarrierFailed."""
+
+    def close(self, *, clean: bool) -> None:
+        """The stream is over. `clean`: the sender has said so, and writes no more; otherwise a sender that wakes
+        up may still write, and the memory must not be used for another stream. Idempotent."""
+
+
+class SlotWriter(Protocol):
+    """The sender's end of the same slots."""
+
+    num_slots: int
+    slot_bytes: int
+
+    def buffer(self, slot: int) -> torch.Tensor:
+        """uint8 [slot_bytes] in host memory, to be filled. Only for a slot that is free."""
+
+    def flush(self, slot: int, num_bytes: int, deadline: float) -> None:
+        """Returns when the receiver sees the slot's first `num_bytes` (the transport's fence), at the latest at
+        `deadline` on time.monotonic(). Raises CarrierFailed."""
+
+    def close(self) -> None:
+        """Idempotent."""
