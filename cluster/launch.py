@@ -7,7 +7,6 @@ down before it is waited for, so that `down` can end a half-started cluster too.
 from __future__ import annotations
 
 import dataclasses
-import secrets
 import socket
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from cluster.problems import ProfileError
 from cluster.profile import LoadedProfile
 from cluster.progress import Progress, Silent
 from cluster.readiness import wait_until_serving
+from cluster.secret import cluster_secret
 from cluster.state import (
     ROUTER_NAME,
     ClusterState,
@@ -36,7 +36,6 @@ from cluster.wiring import Wiring
 from engine.models.config import ModelConfig, ModelConfigError
 
 START_TIMEOUT_S = 300.0
-SECRET_BYTES = 32
 
 
 def up(
@@ -187,7 +186,7 @@ class _Launch:
         actors = start_actors(wiring, home)
         facts = wait_for_actors(actors, self.run_dir, self.deadline_s, self.progress)
         self.progress.begin("cluster", "waiting for the router to reach every worker")
-        workers = [name for name in actors if name != ROUTER_NAME]
+        workers = [worker.worker_id for worker in wiring.plan.workers]
         wait_until_serving(wiring.router_address, wiring.cluster_secret, workers, self.deadline_s)
         return {each.pid for each in facts.values()}
 
@@ -199,7 +198,7 @@ class _Launch:
 
     def _wiring(self, planned: ClusterPlan) -> Wiring:
         profile = self.loaded.profile
-        secret = secrets.token_bytes(SECRET_BYTES)
+        secret = cluster_secret(self.run_dir)
         return Wiring(profile, planned, self.model.reference, self.model.name, secret)
 
     def _state(self, wiring: Wiring, address: str, ray: local_ray.LocalRay | None) -> ClusterState:
@@ -209,7 +208,11 @@ class _Launch:
             cluster_secret=wiring.cluster_secret.hex(),
             ray_address=address,
             local_ray=ray,
-            actors=(ROUTER_NAME, *(worker.worker_id for worker in wiring.plan.workers)),
+            actors=(
+                ROUTER_NAME,
+                *(store.store_id for store in wiring.plan.stores),
+                *(worker.worker_id for worker in wiring.plan.workers),
+            ),
         )
 
     def _with_port(self, planned: ClusterPlan) -> ClusterPlan:

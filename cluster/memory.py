@@ -108,10 +108,12 @@ def _crowded_machines(
 ) -> Iterator[Problem]:
     for node in dict.fromkeys(slot.node for slot in placed if not slot.gpus):
         groups = [slot.group for slot in placed if slot.node == node and not slot.gpus]
-        wanted = sum(kv_bytes[group] + model.weights_bytes for group in groups)
+        tiers = loaded.profile.kvtransfer.tiers
+        wanted = sum(kv_bytes[group] + model.weights_bytes for group in groups) + (tiers.host if tiers else 0)
         if wanted > node.memory_bytes:
+            what = "KV blocks, weights and the host tier" if tiers else "KV blocks and weights"
             message = (
-                f"{len(groups)} workers on {node.name} want {format_gib(wanted)} of KV blocks and weights, "
+                f"{len(groups)} workers on {node.name} want {format_gib(wanted)} of {what}, "
                 f"it has {format_gib(node.memory_bytes)}"
             )
             yield loaded.problem((max(groups, key=kv_bytes.__getitem__), "kv_memory"), message)

@@ -62,6 +62,23 @@ class RouterPlan:
     port: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorePlan:
+    """The cache tiers of one machine, beside its workers.
+
+    Attributes:
+        disk_path: a directory, relative to HEADRACE_HOME there; empty without a disk tier.
+    """
+
+    store_id: str
+    node: Node
+    cpus: tuple[int, ...]
+    host_bytes: int
+    disk_path: str
+    disk_bytes: int
+    tenant_share: float
+
+
 @dataclass(frozen=True, slots=True)
 class Derived:
     """A value that the profile left out."""
@@ -81,6 +98,7 @@ class ClusterPlan:
 
     workers: tuple[WorkerPlan, ...]
     router: RouterPlan
+    stores: tuple[StorePlan, ...]
     precision: str
     kv_dtype: str
     max_context: int
@@ -113,6 +131,7 @@ def plan(loaded: LoadedProfile, nodes: Sequence[Node], model: ModelFacts = Model
     return ClusterPlan(
         workers=workers,
         router=router,
+        stores=tuple(_stores(loaded, workers)),
         precision=numbers.precision,
         kv_dtype=numbers.kv_dtype,
         max_context=numbers.max_context,
@@ -178,6 +197,24 @@ def _worker(slot: Placed, division: CoreDivision, kv_bytes: int) -> WorkerPlan:
     )
 
 
+def _stores(loaded: LoadedProfile, workers: Sequence[WorkerPlan]) -> Iterator[StorePlan]:
+    """One for each machine that has workers."""
+    tiers = loaded.profile.kvtransfer.tiers
+    if tiers is None:
+        return
+    cpus = {worker.node: worker.service_cpus for worker in workers}
+    for index, (node, service_cpus) in enumerate(cpus.items()):
+        yield StorePlan(
+            store_id=f"store-{index}",
+            node=node,
+            cpus=service_cpus,
+            host_bytes=tiers.host,
+            disk_path=tiers.disk.path if tiers.disk else "",
+            disk_bytes=tiers.disk.size if tiers.disk else 0,
+            tenant_share=tiers.tenant_share,
+        )
+
+
 def _mixed_devices(loaded: LoadedProfile, placed: Sequence[Placed]) -> Iterator[Problem]:
     on_gpu = {slot.group for slot in placed if slot.gpus}
     on_cpu = {slot.group for slot in placed if not slot.gpus}
@@ -237,8 +274,3 @@ def _notices(loaded: LoadedProfile) -> Iterator[Problem]:
         yield loaded.problem(("router", "policy"), '"cost" is not built yet; "least-loaded" is used')
     if profile.router.slo is not None:
         yield loaded.problem(("router", "slo"), "read, and not acted on by this version")
-    if profile.kvtransfer.tiers is not None:
-        yield loaded.problem(("kvtransfer", "tiers"), "read, and not acted on by this version")
-    if profile.kvtransfer.fidelity != "exact":
-        message = f'no codec of class "{profile.kvtransfer.fidelity}" is built yet; KV travels exact'
-        yield loaded.problem(("kvtransfer", "fidelity"), message)

@@ -161,17 +161,21 @@ class Colocated(Workers):
 
 
 class Disk(Section):
-    """A cache tier on a file system."""
+    """A cache tier on a file system, best on NVMe. It outlives the cluster."""
 
     path: Annotated[str, Field(min_length=1)]
+    """A directory on every node that has workers; a relative one lies in HEADRACE_HOME."""
     size: Size
 
 
 class Tiers(Section):
-    """Where cached prefixes go when a worker's memory is full."""
+    """Where cached prefixes go beside the workers' own memory, node by node."""
 
-    host: Size | None = None
+    host: Size
+    """Of the node's memory, shared by its workers."""
     disk: Disk | None = None
+    tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The part of every tier that one tenant may fill."""
 
 
 class KvTransfer(Section):

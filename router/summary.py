@@ -17,6 +17,9 @@ def _usage(request: Request) -> pb.Usage:
         usage.transferred_tokens = request.prefill.transferred_tokens
         usage.kv_bytes = request.prefill.kv_bytes
         usage.wire_bytes = request.prefill.wire_bytes
+        usage.fetched_tokens = request.prefill.fetched_tokens
+        usage.codec = request.prefill.codec
+        usage.codec_reason = request.prefill.codec_reason
     elif request.lease is not None:
         usage.computed_tokens = prompt_tokens - request.lease.cached_tokens
     usage.cached_tokens = max(0, prompt_tokens - usage.computed_tokens)
@@ -39,6 +42,8 @@ def _timing(request: Request, now: float) -> pb.Timing:
         timing.transfer_s = request.prefill.transfer_s
         timing.handoff_s = request.prefill.handoff_s
         timing.frame_s = request.prefill.frame_s
+        timing.fetch_s = request.prefill.fetch_s
+        timing.fetched_from = request.prefill.fetched_from
     if request.placement is not None:
         timing.decode_worker = request.placement.decode.worker_id
         timing.prefill_worker = (request.placement.prefill or request.placement.decode).worker_id

@@ -46,6 +46,9 @@ def usage(message: wire.Usage) -> Usage:
         transferred_tokens=message.transferred_tokens,
         kv_bytes=message.kv_bytes,
         wire_bytes=message.wire_bytes,
+        fetched_tokens=message.fetched_tokens,
+        codec=message.codec,
+        codec_reason=message.codec_reason,
     )
 
 
@@ -56,6 +59,7 @@ def timing(message: wire.Timing) -> Timing:
         prefill_s=message.prefill_s,
         transfer_s=message.transfer_s,
         frame_s=message.frame_s,
+        fetch_s=message.fetch_s,
         handoff_s=message.handoff_s,
         first_step_s=message.first_step_s,
         decode_s=message.decode_s,
@@ -63,6 +67,7 @@ def timing(message: wire.Timing) -> Timing:
         total_s=message.total_s,
         prefill_worker=message.prefill_worker,
         decode_worker=message.decode_worker,
+        fetched_from=message.fetched_from,
     )
 
 

@@ -110,6 +110,9 @@ class Usage:
         transferred_tokens: prompt tokens whose KV cache crossed the wire.
         kv_bytes: bytes of KV cache handed over, before compression.
         wire_bytes: bytes of KV cache sent, headers included.
+        fetched_tokens: of the cached ones, those loaded from another worker or a cache tier for this request.
+        codec: that most of the KV cache travelled in; empty where none did.
+        codec_reason: why that one, in words and numbers.
     """
 
     prompt_tokens: int
@@ -119,6 +122,9 @@ class Usage:
     transferred_tokens: int
     kv_bytes: int
     wire_bytes: int
+    fetched_tokens: int
+    codec: str
+    codec_reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +137,7 @@ class Timing:
         prefill_s: first chunk started to first token drawn.
         transfer_s: first KV byte sent to the last frame landed; overlaps prefill.
         frame_s: sum over KV frames of the time each was in flight.
+        fetch_s: loading cached blocks before the first chunk.
         handoff_s: first token drawn to the decode worker's acknowledgement.
         first_step_s: that acknowledgement to the decode worker's first own token.
         decode_s: first token at the router to the last.
@@ -138,6 +145,7 @@ class Timing:
         total_s: accepted to finished.
         prefill_worker: id of the worker that read the prompt.
         decode_worker: id of the worker that wrote the answer.
+        fetched_from: where cached blocks were loaded from: a worker's address, "store", or empty.
     """
 
     queue_s: float
@@ -145,6 +153,7 @@ class Timing:
     prefill_s: float
     transfer_s: float
     frame_s: float
+    fetch_s: float
     handoff_s: float
     first_step_s: float
     decode_s: float
@@ -152,6 +161,7 @@ class Timing:
     total_s: float
     prefill_worker: str
     decode_worker: str
+    fetched_from: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ def _rows(timing: Timing, usage: Usage) -> list[tuple[str, str]]:
     return [
         ("prompt", f"{usage.prompt_tokens:,} tokens"),
         ("  cached", f"{usage.cached_tokens:,} tokens"),
+        ("  fetched", _fetched(timing, usage)),
         ("  transferred", f"{usage.transferred_tokens:,} tokens"),
         ("queue", _ms(timing.queue_s)),
         ("reserve", _ms(timing.reserve_s)),
@@ -43,8 +44,15 @@ def _rows(timing: Timing, usage: Usage) -> list[tuple[str, str]]:
         ("answer", f"{usage.completion_tokens} tokens"),
         ("KV cache", _bytes(usage.kv_bytes)),
         ("bytes on the wire", _bytes(usage.wire_bytes)),
+        ("  codec", usage.codec or "–"),
         ("total", _ms(timing.total_s)),
     ]
+
+
+def _fetched(timing: Timing, usage: Usage) -> str:
+    if not usage.fetched_tokens:
+        return "–"
+    return f"{usage.fetched_tokens:,} tokens from {timing.fetched_from} in {_ms(timing.fetch_s)}"
 
 
 def _ms(duration_s: float) -> str:

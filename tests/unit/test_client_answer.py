@@ -70,6 +70,9 @@ def test_deltas_add_up_to_the_answer() -> None:
         transferred_tokens=0,
         kv_bytes=0,
         wire_bytes=0,
+        fetched_tokens=0,
+        codec="",
+        codec_reason="",
     )
     assert answer.timing is not None
     assert answer.timing.total_s == 0.5

@@ -188,13 +188,32 @@ def test_a_router_on_loopback_cannot_serve_other_machines() -> None:
 
 
 def test_what_is_read_and_not_built_is_noted_with_its_place() -> None:
-    sections = "colocated: {}\nrouter: {policy: cost, slo: {ttft: 2s}}\nkvtransfer: {tiers: {host: 1GiB}}\n"
+    sections = "colocated: {}\nrouter: {policy: cost, slo: {ttft: 2s}}\n"
     notices = planned(sections).notices
     assert [notice.path for notice in notices] == [
         ("router", "policy"),
         ("router", "slo"),
-        ("kvtransfer", "tiers"),
     ]
+
+
+TIERS = "kvtransfer: {tiers: {host: 1GiB, disk: {path: kv, size: 8GiB}, tenant_share: 0.5}}\n"
+
+
+def test_every_machine_with_workers_has_one_store() -> None:
+    nodes = (machine(2, name="a"), machine(2, name="b"), machine(0, name="c"))
+    sections = "prefill: {replicas: 2, resources: {cpus: 1}}\ndecode: {replicas: 2, resources: {cpus: 1}}\n"
+    router = 'router: {grpc: "0.0.0.0:8460"}\n'
+    stores = planned(sections + router + TIERS, *nodes).stores
+    assert [(store.store_id, store.node.name) for store in stores] == [("store-0", "a"), ("store-1", "b")]
+    assert stores[0].host_bytes == 1 << 30
+    assert (stores[0].disk_path, stores[0].disk_bytes, stores[0].tenant_share) == ("kv", 8 << 30, 0.5)
+    assert planned(sections + router, *nodes).stores == ()
+
+
+def test_the_host_tier_counts_against_the_machine_s_memory() -> None:
+    sections = "colocated: {kv_memory: 2GiB}\nkvtransfer: {tiers: {host: 1000GiB}}\n"
+    (problem,) = problems_of(sections)
+    assert problem.path == ("colocated", "kv_memory") and "the host tier" in problem.message
 
 
 def test_bfloat16_workers_keep_to_kernels_without_amx() -> None:

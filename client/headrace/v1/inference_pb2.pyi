@@ -213,7 +213,7 @@ class ChoiceFinished(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., num_tokens: _Optional[int] = ..., stop: _Optional[str] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "computed_tokens", "transferred_tokens", "kv_bytes", "wire_bytes")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "computed_tokens", "transferred_tokens", "kv_bytes", "wire_bytes", "fetched_tokens", "codec", "codec_reason")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +221,9 @@ class Usage(_message.Message):
     TRANSFERRED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_REASON_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -228,10 +231,13 @@ class Usage(_message.Message):
     transferred_tokens: int
     kv_bytes: int
     wire_bytes: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
+    fetched_tokens: int
+    codec: str
+    codec_reason: str
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., fetched_tokens: _Optional[int] = ..., codec: _Optional[str] = ..., codec_reason: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_s", "reserve_s", "prefill_s", "transfer_s", "handoff_s", "decode_s", "ttft_s", "total_s", "prefill_worker", "decode_worker", "first_step_s", "frame_s")
+    __slots__ = ("queue_s", "reserve_s", "prefill_s", "transfer_s", "handoff_s", "decode_s", "ttft_s", "total_s", "prefill_worker", "decode_worker", "first_step_s", "frame_s", "fetch_s", "fetched_from")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     RESERVE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +250,8 @@ class Timing(_message.Message):
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_S_FIELD_NUMBER: _ClassVar[int]
     FRAME_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FROM_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     reserve_s: float
     prefill_s: float
@@ -256,7 +264,9 @@ class Timing(_message.Message):
     decode_worker: str
     first_step_s: float
     frame_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., first_step_s: _Optional[float] = ..., frame_s: _Optional[float] = ...) -> None: ...
+    fetch_s: float
+    fetched_from: str
+    def __init__(self, queue_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., first_step_s: _Optional[float] = ..., frame_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., fetched_from: _Optional[str] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ("usage", "timing")

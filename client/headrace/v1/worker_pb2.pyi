@@ -155,35 +155,49 @@ class Reserve(_message.Message):
     def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., task: _Optional[_Union[GenerationTask, _Mapping]] = ..., remaining_s: _Optional[float] = ..., local_prefill: bool = ...) -> None: ...
 
 class Reserved(_message.Message):
-    __slots__ = ("key", "lease_id", "decode_epoch", "kv_address", "cached_tokens", "ttl_s")
+    __slots__ = ("key", "lease_id", "decode_epoch", "kv_address", "cached_tokens", "ttl_s", "kv_dtypes")
     KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPES_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     lease_id: bytes
     decode_epoch: int
     kv_address: str
     cached_tokens: int
     ttl_s: float
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., lease_id: _Optional[bytes] = ..., decode_epoch: _Optional[int] = ..., kv_address: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+    kv_dtypes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., lease_id: _Optional[bytes] = ..., decode_epoch: _Optional[int] = ..., kv_address: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., ttl_s: _Optional[float] = ..., kv_dtypes: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class CacheSource(_message.Message):
+    __slots__ = ("kv_address", "epoch", "cached_tokens")
+    KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    kv_address: str
+    epoch: int
+    cached_tokens: int
+    def __init__(self, kv_address: _Optional[str] = ..., epoch: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
-    __slots__ = ("key", "task", "remaining_s", "lease")
+    __slots__ = ("key", "task", "remaining_s", "lease", "sources")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     task: GenerationTask
     remaining_s: float
     lease: Reserved
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., task: _Optional[_Union[GenerationTask, _Mapping]] = ..., remaining_s: _Optional[float] = ..., lease: _Optional[_Union[Reserved, _Mapping]] = ...) -> None: ...
+    sources: _containers.RepeatedCompositeFieldContainer[CacheSource]
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., task: _Optional[_Union[GenerationTask, _Mapping]] = ..., remaining_s: _Optional[float] = ..., lease: _Optional[_Union[Reserved, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[CacheSource, _Mapping]]] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
-    __slots__ = ("key", "prefill_s", "transfer_s", "handoff_s", "cached_tokens", "computed_tokens", "transferred_tokens", "kv_bytes", "wire_bytes", "frame_s")
+    __slots__ = ("key", "prefill_s", "transfer_s", "handoff_s", "cached_tokens", "computed_tokens", "transferred_tokens", "kv_bytes", "wire_bytes", "frame_s", "fetched_tokens", "fetched_from", "fetch_s", "codec", "codec_reason")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +208,11 @@ class PrefillFinished(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
     FRAME_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FROM_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_REASON_FIELD_NUMBER: _ClassVar[int]
     key: RequestKey
     prefill_s: float
     transfer_s: float
@@ -204,7 +223,12 @@ class PrefillFinished(_message.Message):
     kv_bytes: int
     wire_bytes: int
     frame_s: float
-    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., frame_s: _Optional[float] = ...) -> None: ...
+    fetched_tokens: int
+    fetched_from: str
+    fetch_s: float
+    codec: str
+    codec_reason: str
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., frame_s: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetched_from: _Optional[str] = ..., fetch_s: _Optional[float] = ..., codec: _Optional[str] = ..., codec_reason: _Optional[str] = ...) -> None: ...
 
 class CancelAttempt(_message.Message):
     __slots__ = ("key", "cause")
