@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/headrace/v1/*.proto)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo up down test test-all chaos lint format protos clean
+.PHONY: help setup model demo up down test test-all chaos fuzz leases-long nixl-test lint format protos clean
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,7 +40,7 @@ down: $(STAMP)  ## stop what `make up` started
 
 test: model  ## lint and every test that fits in ten minutes on two cores
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest -n 2 -m 'unit or integration'
+	@$(BIN)/python -m pytest -n 2 -m '(unit or integration) and not slow'
 	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow'
 
 test-all: model  ## also the long ones
@@ -48,6 +48,16 @@ test-all: model  ## also the long ones
 
 chaos: model  ## cancellations, deadlines and killed workers, the long version
 	@$(BIN)/python -m pytest tests/chaos
+
+fuzz: $(STAMP)  ## a million spoiled frames against the receiver (10 to 25 minutes)
+	@$(BIN)/python -m tests.fuzz.frames_fuzzer --frames 1000000
+
+leases-long: $(STAMP)  ## 30,000 stories of leases under fire (about an hour)
+	@$(BIN)/python -m pytest tests/unit/test_lease_world.py -m slow
+
+nixl-test: $(STAMP)  ## install the extra `nixl` (CPU is enough) and run its tests
+	@$(BIN)/pip install --quiet -c constraints.txt --no-deps nixl nixl-cu12
+	@$(BIN)/python -m pytest tests/integration/test_carriers_nixl.py tests/integration/test_kvtransfer_carriers.py
 
 lint: $(STAMP)  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .

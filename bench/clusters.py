@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from rich.console import Console
 
 from cluster.launch import down, up
 from cluster.profile import LoadedProfile, parse_profile
+from cluster.stores import store_address
 from headrace import Client
+from kvtransfer.tiers.client import StoreClient
+from kvtransfer.tiers.store_types import DISK
 
 _HEAD = """
 version: 1
@@ -26,6 +30,7 @@ class BenchCluster:
 
     name: str
     address: str
+    cluster_secret: bytes
 
     def describe(self) -> str:
         """Where each process runs, from the workers' own reports."""
@@ -38,12 +43,22 @@ class BenchCluster:
         rest = "router, Ray and the workers' other threads off the decode core; this client anywhere"
         return f"{'; '.join(places)}; {rest}"
 
+    def wait_written(self, num_blocks: int, timeout_s: float) -> None:
+        """Until the disk tier holds so many blocks. Raises TimeoutError."""
+        give_up_at = time.monotonic() + timeout_s
+        store = StoreClient(store_address(self.cluster_secret), self.cluster_secret)
+        while sum(tier.num_records for tier in store.stat().tiers if tier.tier == DISK) < num_blocks:
+            if time.monotonic() >= give_up_at:
+                raise TimeoutError(f"{num_blocks} blocks were not written to disk in {timeout_s:g} s")
+            time.sleep(0.2)
+        store.close()
 
-def split() -> LoadedProfile:
-    """1P1D, as deploy/profiles/laptop.yaml has it."""
-    return parse_profile(
-        _HEAD.format(name="1p1d") + "prefill: {replicas: 1}\ndecode: {replicas: 1}\n", "bench"
-    )
+
+def split(disk: str = "") -> LoadedProfile:
+    """1P1D, as deploy/profiles/laptop.yaml has it; with cache tiers where `disk` names a directory."""
+    tiers = f"kvtransfer: {{tiers: {{host: 512MiB, disk: {{path: {disk}, size: 2GiB}}}}}}\n" if disk else ""
+    sections = "prefill: {replicas: 1}\ndecode: {replicas: 1}\n"
+    return parse_profile(_HEAD.format(name="1p1d") + sections + tiers, "bench")
 
 
 def colocated(chunk_tokens: int) -> LoadedProfile:
@@ -63,6 +78,6 @@ def running(profile: LoadedProfile, console: Console) -> Iterator[BenchCluster]:
         state = up(profile)
     try:
         with console.status(f"{name}: measuring …"):
-            yield BenchCluster(name, state.router_address)
+            yield BenchCluster(name, state.router_address, bytes.fromhex(state.cluster_secret))
     finally:
         down()

@@ -20,6 +20,7 @@ import ray
 
 from cluster.model_store import resolve
 from cluster.state import ROUTER_NAME, log_file, run_directory
+from cluster.stores import StoreSettings, store_config
 from router.config import RouterConfig
 from worker.affinity import pin_process
 from worker.config import WorkerConfig
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 5.0
 CALL_TIMEOUT_S = 30.0
+DISK_TIMEOUT_S = 60.0
 _LOG_BYTES = 4 << 20
 
 
@@ -93,6 +95,30 @@ class RouterActor:
     def stop(self) -> None:
         """Refuse new requests and end the running ones."""
         self._loop.run(self._server.stop(), CALL_TIMEOUT_S)
+
+
+class StoreActor:
+    """A node's cache tiers in a process of their own, for the workers of that node."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        """Serve; the disk tier is opened meanwhile, and what cannot be opened is done without."""
+        _log_to(log_file(run_directory(), settings.store_id))
+        with _failure_logged():
+            from kvtransfer.tiers.server import StoreServer
+
+            pin_process(settings.cpus)
+            self._address = settings.address
+            self._server = StoreServer(store_config(settings))
+            self._server.start()
+            self._server.wait_ready(DISK_TIMEOUT_S)
+
+    def facts(self) -> ActorFacts:
+        """Answers once the store serves."""
+        return ActorFacts(os.getpid(), self._address)
+
+    def stop(self) -> None:
+        """Write what waits for the disk, and end."""
+        self._server.close()
 
 
 @contextmanager

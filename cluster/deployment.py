@@ -14,10 +14,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.actors import ActorFacts, RouterActor, WorkerActor
+from cluster.actors import ActorFacts, RouterActor, StoreActor, WorkerActor
 from cluster.errors import ClusterError, LaunchError
 from cluster.placement import Node
-from cluster.plan import environment
+from cluster.plan import MALLOC_ENVIRONMENT, environment
 from cluster.profile import split_address
 from cluster.progress import Progress
 from cluster.state import ROUTER_NAME, log_file
@@ -57,7 +57,7 @@ def refuse_namesakes(names: Collection[str]) -> None:
 
 
 def start_actors(wiring: Wiring, home: Path | None) -> dict[str, Any]:
-    """Start the router's actor and every worker's; returns their handles by name, before they are ready.
+    """Start the router's actor, every store's and every worker's; returns their handles by name, before they are ready.
 
     `home` is passed on as HEADRACE_HOME where it means something on the actors' machines: on this one.
     """
@@ -68,6 +68,10 @@ def start_actors(wiring: Wiring, home: Path | None) -> dict[str, Any]:
             wiring.router_config(), plan.router.cpus
         )
     }
+    for store in plan.stores:
+        variables = home_variable | MALLOC_ENVIRONMENT
+        actor = _options(StoreActor, store.store_id, store.node, variables)
+        started[store.store_id] = actor.remote(wiring.store_settings(store))
     for worker in plan.workers:
         variables = home_variable | environment(worker, plan.precision)
         actor = _options(

@@ -20,6 +20,14 @@ from worker.config import WorkerRole
 PRECISIONS = ("float32", "bfloat16")
 """What the engine of this version computes in."""
 
+MALLOC_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+"""gRPC's received messages are large: without these every one of them is given back to the kernel and faulted in
+again, page by page."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPlan:
@@ -146,11 +154,7 @@ def environment(worker: WorkerPlan, precision: str) -> dict[str, str]:
     variables = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        # gRPC's received messages are large: without these every one of them is given back to the kernel and
-        # faulted in again, page by page.
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-        "MALLOC_TOP_PAD_": str(1 << 26),
+        **MALLOC_ENVIRONMENT,
     }
     if precision == "bfloat16":
         # AMX kernels change with the number of rows, which breaks the numeric contract: a token's KV must

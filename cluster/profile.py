@@ -183,7 +183,7 @@ class KvTransfer(Section):
 
     fidelity: Literal["exact", "near", "compact"] = "exact"
     """The worst class of codec that may touch a request's KV."""
-    codec: Literal["auto", "raw"] = "auto"
+    codec: Literal["auto", "raw", "split", "int8", "fp8", "ecsq", "int4"] = "auto"
     """auto: what is predicted to land first within `fidelity`."""
     lease_ttl: Duration = 10.0
     """A lease expires this long after its last push or renewal."""

@@ -28,6 +28,12 @@ def cluster_secret(run_dir: Path) -> bytes:
     return _read(path)
 
 
+def kept_secret(run_dir: Path) -> bytes | None:
+    """What is kept in `run_dir`/secret, or None. Raises ClusterError for a file that cannot be trusted."""
+    path = run_dir / "secret"
+    return _read(path) if os.path.lexists(path) else None
+
+
 def _make(path: Path) -> None:
     draft = path.with_name(f"secret.{secrets.token_hex(4)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

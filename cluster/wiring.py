@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.plan import ClusterPlan, WorkerPlan
+from cluster.placement import Node
+from cluster.plan import ClusterPlan, StorePlan, WorkerPlan
 from cluster.profile import Profile
+from cluster.stores import StoreSettings, store_address
 from router.config import RouterConfig
 from worker.config import WorkerConfig
 
@@ -48,14 +50,33 @@ class Wiring:
             profile_name=profile.name,
             max_context=self.plan.max_context,
             policy=BUILT_POLICY,
-            fidelity="exact",
+            fidelity=profile.kvtransfer.fidelity,
             queue_tokens=profile.router.queue,
             default_timeout_s=profile.router.timeout,
             resume_grace_s=profile.router.resume_grace,
         )
 
+    def store_address(self, node: Node) -> str:
+        """Where workers of `node` reach its store; empty without cache tiers."""
+        has_store = any(store.node == node for store in self.plan.stores)
+        return store_address(self.cluster_secret) if has_store else ""
+
+    def store_settings(self, store: StorePlan) -> StoreSettings:
+        """What a node's store is told."""
+        return StoreSettings(
+            store_id=store.store_id,
+            address=self.store_address(store.node),
+            cluster_secret=self.cluster_secret,
+            cpus=store.cpus,
+            host_bytes=store.host_bytes,
+            disk_path=store.disk_path,
+            disk_bytes=store.disk_bytes,
+            tenant_share=store.tenant_share,
+        )
+
     def worker_config(self, worker: WorkerPlan) -> WorkerConfig:
         """What one worker is told."""
+        tiers = self.profile.kvtransfer.tiers
         return WorkerConfig(
             worker_id=worker.worker_id,
             role=worker.role,
@@ -72,8 +93,10 @@ class Wiring:
             device=worker.device,
             routers=(self.router_address,),
             host=worker.node.address,
-            fidelity="exact",
-            codec="raw",
+            fidelity=self.profile.kvtransfer.fidelity,
+            codec=self.profile.kvtransfer.codec,
+            store_address=self.store_address(worker.node),
+            tenant_share=tiers.tenant_share if tiers is not None else 1.0,
             lease_ttl_s=self.profile.kvtransfer.lease_ttl,
         )
 

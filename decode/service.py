@@ -1,9 +1,10 @@
 """The decode service of a worker: reservations, adoption of handed-over sequences, token streams.
 
-A request here is a lease and an answer. Reserve grants the lease; a commit from the prefill worker, or a
-prefill of the worker's own, brings the first token; steps bring the others; the lease ends with the last
-token, the answer when the router has acknowledged it. Everything runs on the service loop except `adopt`,
-which runs on the thread that commits, under the engine's lock.
+A request here is a lease and an answer. Reserve grants the lease, and blocks with it; only a prompt that is
+computed here may wait for cached blocks from elsewhere in between. A commit from the prefill worker, or a prefill
+of the worker's own, brings the first token; steps bring the others; the lease ends with the last token, the
+answer when the router has acknowledged it. Everything runs on the service loop except `adopt`, which runs on the
+thread that commits, under the engine's lock.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from decode.answers import Answer
+from decode.request import Request, check_handoff, prefilled_here, reserved
 from engine.events import SequenceFailed, StepResult, TokenDrawn
-from engine.request import Drawn, SamplingParams
+from engine.request import Drawn
 from headrace.v1 import kvtransfer_pb2, worker_pb2
+from kvtransfer.choosers import strictest
 from kvtransfer.lease_types import RequestId
 from kvtransfer.transports.seam import HandoffRefused
-from worker.facts import identity_digest
-from worker.leasing import DEADLINE_EXCEEDED, LOST_CAUSES, NotReserved, Reservation
+from worker.leasing import DEADLINE_EXCEEDED, LOST_CAUSES, NO_CAPACITY, NotReserved
 from worker.link import RouterLink
+from worker.prefix_sources import Wanted
+from worker.prefixes import Brought
 from worker.service import WorkerContext
 from worker.wire import MalformedTask, check_task, failure, first_tokens_from_wire, sampling_params
 
@@ -29,40 +32,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FINISHED_ANSWERS = 1024
 MAX_FINISHED_TOKENS = 1 << 18  # some 40 MB at most: routers acknowledge within a moment
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    key: worker_pb2.RequestKey
-    link: RouterLink
-    generation: int
-    reservation: Reservation
-    prompt: Sequence[int]
-    sampling: SamplingParams
-    answer: Answer
-    local_prefill: bool
-    began: float
-    decoding: bool = False
-    control: list[worker_pb2.WorkerMessage] = field(default_factory=list)
-    """Sent already; sent again when the router asks again."""
-
-    @property
-    def lease_id(self) -> bytes:
-        return self.reservation.lease_id
-
-    @property
-    def stage(self) -> str:
-        if self.decoding:
-            return "decode"
-        return "prefill" if self.local_prefill else "transfer"
-
-    def hear(self, link: RouterLink) -> None:
-        self.link = link
-        self.generation = link.generation
-
-    def send(self, message: worker_pb2.WorkerMessage) -> None:
-        self.control.append(message)
-        self.link.send(message)
 
 
 class DecodeService:
@@ -76,9 +45,9 @@ class DecodeService:
         self._leases = context.leases
         self._leases.on_lost = self._on_lease_lost
         self._leases.on_commit = self.adopt
-        self._requests: dict[RequestId, _Request] = {}
-        self._by_lease: dict[bytes, _Request] = {}
-        self._finished: OrderedDict[RequestId, _Request] = OrderedDict()
+        self._requests: dict[RequestId, Request] = {}
+        self._by_lease: dict[bytes, Request] = {}
+        self._finished: OrderedDict[RequestId, Request] = OrderedDict()
 
     @property
     def num_requests(self) -> int:
@@ -114,21 +83,77 @@ class DecodeService:
             link.send(refusal)
             return
         self._forget(_request_id(message.key), older_than=message.key.attempt)
-        opened = self._leases.open(
+        request = self._open(link, message)
+        if request is None:
+            return
+        if request.local_prefill:
+            request.fetch = self._context.prefixes.bring(
+                self._wanted(request), lambda brought: self._brought(request, brought)
+            )
+        if request.fetch is None:
+            self._take_room(request)
+
+    def _open(self, link: RouterLink, message: worker_pb2.Reserve) -> Request | None:
+        """A request with a lease, and no blocks yet."""
+        bound = strictest((self._context.config.fidelity, message.task.fidelity)).rank
+        answer = Answer(
+            message.key, self._context.tokenizer, message.task
+        )  # may raise: before there is a lease
+        lease_id = self._leases.grant(
             _request_id(message.key),
             message.key.attempt,
             message.remaining_s,
-            message.task.prompt_token_ids,
-            message.task.sampling.n or 1,
-            self._context.root_key(message.key.tenant),
             local=message.local_prefill,
+            fidelity=bound,
         )
-        if isinstance(opened, NotReserved):
-            link.send(
-                failure(message.key, "reserve", opened.cause, opened.message, retryable=opened.retryable)
-            )
+        if isinstance(lease_id, NotReserved):
+            link.send(failure(message.key, "reserve", lease_id.cause, lease_id.message))
+            return None
+        request = Request(
+            key=message.key,
+            link=link,
+            lease_id=lease_id,
+            bound=bound,
+            prompt=list(message.task.prompt_token_ids),
+            sampling=sampling_params(message.task),
+            answer=answer,
+            local_prefill=message.local_prefill,
+            deadline=self._context.clock() + message.remaining_s,
+        )
+        self._requests[_request_id(message.key)] = request
+        self._by_lease[lease_id] = request
+        return request
+
+    def _wanted(self, request: Request) -> Wanted:
+        root_key = self._context.root_key(request.key.tenant)
+        return Wanted(
+            tenant=request.key.tenant,
+            keys=self._engine.prefix_keys(root_key, request.prompt),
+            bound=request.bound,
+            deadline=request.deadline,
+        )
+
+    def _brought(self, request: Request, brought: Brought) -> None:
+        if self._by_lease.get(request.lease_id) is request:
+            request.fetch, request.brought = None, brought
+            self._take_room(request)
+
+    def _take_room(self, request: Request) -> None:
+        """Blocks for a request that has a lease, and the word that it is reserved."""
+        num_choices, root_key = request.sampling.n, self._context.root_key(request.key.tenant)
+        cached_tokens = self._leases.reserve(
+            request.lease_id, request.prompt, num_choices, root_key, request.bound
+        )
+        if cached_tokens is None:
+            text = f"no room for a prompt of {len(request.prompt)} tokens and {num_choices} choices now"
+            self._fail(request, NO_CAPACITY, text, retryable=True)
             return
-        self._begin(link, message, opened)
+        request.cached_tokens, request.began = cached_tokens, self._context.clock()
+        request.send(reserved(request, self._context))
+        if request.local_prefill:
+            self._engine.submit(request.lease_id, request.prompt, request.sampling, prefill_only=False)
+            self._context.wake_engine()
+        self._context.changed()
 
     def _refusal(self, message: worker_pb2.Reserve) -> worker_pb2.WorkerMessage | None:
         if not self._context.accepts_new():
@@ -142,37 +167,6 @@ class DecodeService:
         except MalformedTask as error:
             return failure(message.key, "reserve", "INVALID_TASK", str(error))
         return None
-
-    def _begin(self, link: RouterLink, message: worker_pb2.Reserve, reservation: Reservation) -> None:
-        request = _Request(
-            key=message.key,
-            link=link,
-            generation=link.generation,
-            reservation=reservation,
-            prompt=list(message.task.prompt_token_ids),
-            sampling=sampling_params(message.task),
-            answer=Answer(message.key, self._context.tokenizer, message.task),
-            local_prefill=message.local_prefill,
-            began=self._context.clock(),
-        )
-        self._requests[_request_id(message.key)] = request
-        self._by_lease[reservation.lease_id] = request
-        request.send(
-            worker_pb2.WorkerMessage(
-                reserved=worker_pb2.Reserved(
-                    key=message.key,
-                    lease_id=reservation.lease_id,
-                    decode_epoch=self._context.epoch,
-                    kv_address=self._context.kv_address,
-                    cached_tokens=reservation.cached_tokens,
-                    ttl_s=reservation.ttl_s,
-                )
-            )
-        )
-        if request.local_prefill:
-            self._engine.submit(request.lease_id, request.prompt, request.sampling, prefill_only=False)
-            self._context.wake_engine()
-        self._context.changed()
 
     def _cancel(self, message: worker_pb2.CancelAttempt) -> None:
         request_id = _request_id(message.key)
@@ -214,7 +208,7 @@ class DecodeService:
 
     # --- the first token -----------------------------------------------------------------------
 
-    def adopt(self, lease_id: bytes, handoff: kvtransfer_pb2.Handoff) -> None:
+    def adopt(self, lease_id: bytes, handoff: kvtransfer_pb2.Handoff, fidelity: int) -> None:
         """Make a committed sequence visible to the engine; the caller holds the engine's lock.
 
         Raises HandoffRefused, with nothing changed, where the record is not the lease's request's.
@@ -222,26 +216,12 @@ class DecodeService:
         request = self._by_lease.get(lease_id)
         if request is None:
             raise HandoffRefused("UNKNOWN_REQUEST", "the request has ended here")
+        check_handoff(request, handoff, self._context)
         first = first_tokens_from_wire(handoff.first_tokens)
-        self._check_handoff(request, handoff, len(first))
-        self._engine.adopt(lease_id, request.prompt, request.sampling, first)
+        self._engine.adopt(lease_id, request.prompt, request.sampling, first, fidelity)
         # Posted before the lock is let go, so that it comes before any step's tokens.
         self._context.loop.call_soon_threadsafe(self._adopted, lease_id, first)
         self._context.wake_engine()
-
-    def _check_handoff(self, request: _Request, handoff: kvtransfer_pb2.Handoff, num_first: int) -> None:
-        if handoff.identity != identity_digest(self._context.identity):
-            text = "weights, tokenizer, arithmetic or layout of the two workers differ"
-            raise HandoffRefused("IDENTITY_MISMATCH", text)
-        facts = (
-            ("request", handoff.key, request.key),
-            ("number of prompt tokens", handoff.num_tokens, len(request.prompt)),
-            ("number of first tokens", num_first, request.sampling.n),
-            ("penalty boundary", handoff.penalty_boundary, len(request.prompt)),
-        )
-        for name, given, expected in facts:
-            if given != expected:
-                raise HandoffRefused("HANDOFF_MISMATCH", f"the handoff's {name} is not the lease's")
 
     def _adopted(self, lease_id: bytes, first: Sequence[Drawn]) -> None:
         request = self._by_lease.get(lease_id)
@@ -252,32 +232,19 @@ class DecodeService:
             self._feed(request, choice, 0, drawn)
         self._deliver((request,), 0.0)
 
-    def _prefilled_here(self, request: _Request) -> None:
-        request.decoding = True
-        cached = request.reservation.cached_tokens
-        request.send(
-            worker_pb2.WorkerMessage(
-                prefill_finished=worker_pb2.PrefillFinished(
-                    key=request.key,
-                    prefill_s=self._context.clock() - request.began,
-                    cached_tokens=cached,
-                    computed_tokens=len(request.prompt) - cached,
-                )
-            )
-        )
-
     # --- steps ---------------------------------------------------------------------------------
 
     def on_step(self, result: StepResult) -> None:
         """Turn a step's tokens into answers."""
-        touched: dict[_Request, None] = {}
+        touched: dict[Request, None] = {}
         for event in result.events:
             request = self._by_lease.get(event.lease_id)
             if request is None:
                 continue
             if isinstance(event, TokenDrawn):
                 if not request.decoding:
-                    self._prefilled_here(request)
+                    request.decoding = True
+                    request.send(prefilled_here(request, self._context.clock()))
                 self._feed(request, event.choice, event.index, event.drawn)
                 touched[request] = None
             elif isinstance(event, SequenceFailed):
@@ -285,18 +252,18 @@ class DecodeService:
                 self._fail(request, event.cause, event.message, retryable=False)
         self._deliver(touched, result.step_s)
 
-    def _feed(self, request: _Request, choice: int, index: int, drawn: Drawn) -> None:
+    def _feed(self, request: Request, choice: int, index: int, drawn: Drawn) -> None:
         answer = request.answer.choices[choice]
         if index == answer.num_tokens and answer.feed(drawn):
             self._engine.finish_choice(request.lease_id, choice)
 
-    def _deliver(self, requests: Iterable[_Request], step_s: float) -> None:
+    def _deliver(self, requests: Iterable[Request], step_s: float) -> None:
         for request in requests:
             request.link.mark(request.answer, step_s)
             if request.answer.finished:
                 self._finish(request)
 
-    def _finish(self, request: _Request) -> None:
+    def _finish(self, request: Request) -> None:
         self._drop(request)
         self._leases.release(request.lease_id, "FINISHED")
         self._finished[_request_id(request.key)] = request
@@ -329,7 +296,7 @@ class DecodeService:
         retryable = name != DEADLINE_EXCEEDED
         self._fail(request, name, message or "the lease ended before the answer", retryable=retryable)
 
-    def _fail(self, request: _Request, cause: str, message: str, *, retryable: bool) -> None:
+    def _fail(self, request: Request, cause: str, message: str, *, retryable: bool) -> None:
         self._forget(_request_id(request.key), older_than=request.key.attempt + 1)
         self._leases.release(request.lease_id, cause)
         request.link.send(failure(request.key, request.stage, cause, message, retryable=retryable))
@@ -340,10 +307,11 @@ class DecodeService:
         """End every request: the worker stops."""
         for request in list(self._requests.values()):
             self._fail(request, "WORKER_STOPPED", "the worker was stopped", retryable=True)
+        await self._context.prefixes.close()
 
     # --- the books -----------------------------------------------------------------------------
 
-    def _find(self, key: worker_pb2.RequestKey) -> _Request | None:
+    def _find(self, key: worker_pb2.RequestKey) -> Request | None:
         request_id = _request_id(key)
         request = self._requests.get(request_id) or self._finished.get(request_id)
         return request if request is not None and request.key.attempt == key.attempt else None
@@ -356,8 +324,10 @@ class DecodeService:
                 self._finished.pop(request_id, None)
                 request.link.unmark(request.answer)
 
-    def _drop(self, request: _Request) -> None:
+    def _drop(self, request: Request) -> None:
         self._by_lease.pop(request.lease_id, None)
+        if request.fetch is not None:
+            request.fetch.cancel()
         if self._requests.get(_request_id(request.key)) is request:
             del self._requests[_request_id(request.key)]
 

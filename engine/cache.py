@@ -3,6 +3,10 @@
 Implements kvtransfer's CacheStore. Whose block is whose is the pool's business; this only turns an owner's
 positions into slots. Storage is [layers, heads, slots, width], so that the keys of a tile are one gather.
 The last block belongs to nobody: padding rows write there and padded tiles read it.
+
+A piece is copied row by row (the `width` numbers of one layer, head and slot), in canonical order, by one
+operation over an array of row numbers: the bytes are touched once. On the CPU that is numpy's, on rows as
+opaque values: it copies each with memcpy, takes memory of any alignment, and lets other threads run meanwhile.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane
+from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, convertible
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def gqa_layout(
@@ -33,7 +37,8 @@ def gqa_layout(
 class PagedCache:
     """Tensors of every plane of `layout`, zeroed, for `num_blocks` blocks and the padding block.
 
-    `planes[name]` has shape [layers, heads, (num_blocks + 1) * block_tokens, width].
+    `planes[name]` has shape [layers, heads, (num_blocks + 1) * block_tokens, width]. `blocks_of(owner)`: its
+    blocks by position; KeyError for an unknown owner. The layout's block size may be any.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class PagedCache:
             )
             for plane in layout.planes
         }
+        self._rows = {name: _by_row(tensor) for name, tensor in self.planes.items() if not tensor.is_cuda}
 
     @property
     def num_bytes(self) -> int:
@@ -64,19 +70,43 @@ class PagedCache:
     def gather(
         self, owner: bytes, piece: Piece, wire: Plane, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The piece's canonical bytes (see CacheStore)."""
-        source = self._cut(piece).index_select(2, self._slots(owner, piece))
-        rows = source.transpose(1, 2).to(DTYPES[wire.fields[0].dtype]).contiguous()
-        raw = rows.view(torch.uint8).reshape(-1)
-        return raw if out is None else out.copy_(raw)
+        """The piece's canonical bytes (see CacheStore). `out` may begin at any address."""
+        dtype = self._wire_dtype(piece, wire)
+        index, num_bytes = self._row_index(owner, piece), wire.num_bytes(piece)
+        if out is not None and len(out) != num_bytes:
+            raise ValueError(f"a piece of {num_bytes} bytes does not fit into {len(out)}")
+        stored = self.planes[piece.plane]
+        if stored.is_cuda:
+            rows = stored.view(-1, stored.shape[-1]).index_select(
+                0, torch.from_numpy(index).to(stored.device)
+            )
+            raw = rows.to(dtype).view(torch.uint8).reshape(-1)
+            return raw if out is None else out.copy_(raw)
+        raw = torch.empty(num_bytes, dtype=torch.uint8) if out is None else out
+        if dtype == stored.dtype:
+            self._take(piece.plane, index, raw)
+        else:
+            rows = torch.empty(len(index) * stored.shape[-1], dtype=stored.dtype)
+            self._take(piece.plane, index, rows.view(torch.uint8))
+            _numbers(raw, dtype).copy_(rows)
+        return raw
 
     def scatter(self, owner: bytes, piece: Piece, wire: Plane, data: torch.Tensor) -> None:
-        """Write a piece that `gather` gave, here or on another worker."""
-        target = self._cut(piece)
-        shape = (len(piece.layers), len(piece.entries), len(piece.heads), target.shape[-1])
-        raw = data.view(DTYPES[wire.fields[0].dtype])
-        rows = raw.view(shape).transpose(1, 2).to(target.device, target.dtype)
-        target.index_copy_(2, self._slots(owner, piece), rows)
+        """Write a piece that `gather` gave, here or on another worker. `data` may begin at any address."""
+        dtype = self._wire_dtype(piece, wire)
+        index, num_bytes = self._row_index(owner, piece), wire.num_bytes(piece)
+        if len(data) != num_bytes:
+            raise ValueError(f"{len(data)} bytes for a piece of {num_bytes}")
+        stored = self.planes[piece.plane]
+        if stored.is_cuda:
+            numbers = data.to(stored.device).view(dtype).to(stored.dtype)
+            by_row = stored.view(-1, stored.shape[-1])
+            by_row.index_copy_(0, torch.from_numpy(index).to(stored.device), numbers.view(len(index), -1))
+            return
+        raw = data.cpu()
+        if dtype != stored.dtype:
+            raw = _numbers(raw, dtype).to(stored.dtype).view(torch.uint8)
+        self._rows[piece.plane][index] = raw.numpy().view(self._rows[piece.plane].dtype)
 
     def fence(self) -> None:
         """Wait until everything scattered can be read by the next step."""
@@ -96,18 +126,49 @@ class PagedCache:
             for tensor in self.planes.values():
                 tensor.index_fill_(2, self._block_slots(blocks), 0)
 
-    def _cut(self, piece: Piece) -> torch.Tensor:
-        plane = self.planes[piece.plane]
-        return plane[piece.layers.start : piece.layers.stop, piece.heads.start : piece.heads.stop]
+    def _wire_dtype(self, piece: Piece, wire: Plane) -> torch.dtype:
+        self.layout.check(piece)
+        here, there = self.layout.plane(piece.plane).dtypes[0], wire.dtypes[0]
+        if not convertible(here, there):
+            raise ValueError(f"plane {piece.plane!r} is {here} here, cannot be {there}")
+        return DTYPES[there]
 
-    def _slots(self, owner: bytes, piece: Piece) -> torch.Tensor:
-        positions = np.arange(piece.entries.start, piece.entries.stop)
-        size = self.layout.block_tokens
-        blocks = np.asarray(self._blocks_of(owner), dtype=np.int64)
-        slots = blocks[positions // size] * size + positions % size
-        return torch.from_numpy(slots).to(self.planes[piece.plane].device)
+    def _row_index(self, owner: bytes, piece: Piece) -> np.ndarray:
+        """Of every row of the piece, in canonical order, its number in [layers · heads · slots]."""
+        _, num_heads, num_slots, _ = self.planes[piece.plane].shape
+        heads = np.arange(piece.heads.start, piece.heads.stop) * num_slots
+        layers = np.arange(piece.layers.start, piece.layers.stop) * (num_heads * num_slots)
+        one_layer = np.add.outer(self._slots(owner, piece.entries), heads).reshape(-1)
+        return np.add.outer(layers, one_layer).reshape(-1)
+
+    def _slots(self, owner: bytes, entries: range) -> np.ndarray:
+        size, blocks = self.layout.block_tokens, self._blocks_of(owner)
+        first, end = entries.start // size, -(-entries.stop // size)
+        if end > len(blocks):
+            raise ValueError(
+                f"entries up to {entries.stop}, but owner {owner.hex()} has {len(blocks)} blocks of {size}"
+            )
+        starts = np.asarray(blocks[first:end], dtype=np.int64) * size
+        slots = np.add.outer(starts, np.arange(size)).reshape(-1)
+        return slots[entries.start - first * size : entries.stop - first * size]
+
+    def _take(self, plane: str, index: np.ndarray, out: torch.Tensor) -> None:
+        rows = self._rows[plane]
+        # The index is in range; without "clip", numpy would fill a copy of `out` first in case it is not.
+        np.take(rows, index, out=out.numpy().view(rows.dtype), mode="clip")
 
     def _block_slots(self, blocks: Sequence[int]) -> torch.Tensor:
         size = self.layout.block_tokens
         slots = np.asarray(blocks, dtype=np.int64)[:, None] * size + np.arange(size)
         return torch.from_numpy(slots.reshape(-1)).to(next(iter(self.planes.values())).device)
+
+
+def _by_row(tensor: torch.Tensor) -> np.ndarray:
+    """A plane's memory as an array of rows, each one opaque value."""
+    raw = tensor.view(torch.uint8)
+    return raw.reshape(-1).numpy().view(f"V{raw.shape[-1]}")
+
+
+def _numbers(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes in host memory as numbers, in place, wherever in a buffer they begin."""
+    return torch.from_numpy(raw.numpy()).view(dtype)

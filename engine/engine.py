@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from engine.batch import StepBatch
+from engine.drawing import draw
 from engine.events import ChunkDone, Event, PrefillDone, SequenceFailed, StepResult, TokenDrawn
 from engine.pool import BlockPool
 from engine.probe import is_invariant
 from engine.request import Drawn, SamplingParams, SequenceStatus
 from engine.request import Sequence as EngineSequence
 from engine.runner import EngineOptions, ModelRunner
-from engine.sampling import SampleFailure, SampleRow, sample
+from engine.sampling import SampleFailure
 from engine.scheduler import Scheduler, StepPlan, StepRow, choice_owner, owner_of
 
 LAYER_GROUPS = 6  # reports of a chunk's progress within a step
@@ -32,10 +32,13 @@ LAYER_GROUPS = 6  # reports of a chunk's progress within a step
 class _Lease:
     """What the engine knows of a lease: its owners in the pool, and whether their contents can be trusted."""
 
-    num_choices: int
-    root_key: bytes
-    cached_tokens: int
-    trusted: bool = False  # computed here or verified at commit
+    num_choices: int  # 0: it holds a prefix to be read or filled, and never computes
+    root_key: bytes = b""
+    cached_tokens: int = 0
+    bound: int = 0
+    tenant: str = ""
+    trusted: bool = False  # computed here or verified at commit: its private blocks hold numbers
+    failed: bool = False  # it came to NaN: nor are its cached blocks to be trusted
     children: set[int] = field(default_factory=set)
 
 
@@ -82,23 +85,32 @@ class Engine:
     # --- leases --------------------------------------------------------------------------------
 
     def reserve(
-        self, lease_id: bytes, prompt: Sequence[int], num_choices: int, root_key: bytes
+        self,
+        lease_id: bytes,
+        prompt: Sequence[int],
+        num_choices: int,
+        root_key: bytes,
+        *,
+        bound: int = 0,
+        tenant: str = "",
     ) -> int | None:
         """Open a lease on the cached prefix of `prompt` and on blocks for the rest of it and one token more.
 
-        Returns the prompt tokens found cached (whole blocks, never the last token), or None where there is
-        no room now: running answers keep a block each to grow into.
+        `bound`: the worst rank (engine/pool.py) that the request takes, now and after a preemption; `tenant`: who
+        holds the blocks. Returns the prompt tokens found cached (whole blocks, never the last token), or None
+        where there is no room now: running answers keep a block each to grow into.
         """
         with self.lock:
             if sum(lease.num_choices for lease in self._leases.values()) + num_choices > self.max_sequences:
                 return None
-            keys = self.scheduler.prefix_keys(root_key, prompt)
+            keys = self.prefix_keys(root_key, prompt)
             spare = self.scheduler.num_running + num_choices - 1
-            num_hit = self.pool.open(lease_id, keys, self.pool.blocks_for(len(prompt) + 1), spare)
+            num_blocks = self.pool.blocks_for(len(prompt) + 1)
+            num_hit = self.pool.open(lease_id, keys, num_blocks, spare, bound, tenant)
             if num_hit is None:
                 return None
             cached_tokens = num_hit * self.pool.block_tokens
-            self._leases[lease_id] = _Lease(num_choices, root_key, cached_tokens)
+            self._leases[lease_id] = _Lease(num_choices, root_key, cached_tokens, bound, tenant)
             return cached_tokens
 
     def submit(
@@ -115,14 +127,27 @@ class Engine:
             return sequence
 
     def adopt(
-        self, lease_id: bytes, prompt: Sequence[int], sampling: SamplingParams, first: Sequence[Drawn]
+        self,
+        lease_id: bytes,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        first: Sequence[Drawn],
+        fidelity: int = 0,
     ) -> list[EngineSequence]:
         """Go on with a prompt whose KV was written into the lease's blocks; `first[i]` is choice i's first token.
 
-        Emits nothing for the first tokens. Returns the sequences that compute on (those not finished by it).
+        `fidelity`: the worst rank of what was written; the blocks are cached under it. Raises ValueError where it
+        is beyond the bound that the lease was reserved with. Emits nothing for the first tokens. Returns the
+        sequences that compute on (those not finished by it).
         """
         with self.lock:
-            self._leases[lease_id].trusted = True
+            lease = self._leases[lease_id]
+            if fidelity > lease.bound:
+                raise ValueError(
+                    f"KV of rank {fidelity} landed, but the lease was reserved for {lease.bound}"
+                )
+            lease.trusted = True
+            self.pool.worsen(lease_id, fidelity)
             self.cache.fence()
             parent = self._sequence(lease_id, 0, prompt, sampling)
             parent.num_computed = len(prompt)
@@ -159,9 +184,76 @@ class Engine:
                 owner = choice_owner(lease_id, choice)
                 if not self.pool.owns(owner):
                     continue
-                freed = self.pool.close(owner, forget=not lease.trusted)
-                if not lease.trusted:
+                freed = self.pool.close(owner, forget=lease.failed)
+                if lease.failed or not lease.trusted:  # what landed may be half a block, or NaN
                     self.cache.scrub(freed)
+
+    # --- prefixes, to be read or filled by others ----------------------------------------------
+
+    def prefix_keys(self, root_key: bytes, tokens: Sequence[int]) -> list[bytes]:
+        """Keys of the full blocks that may be taken from the cache: at least one token stays to be computed."""
+        return self.scheduler.prefix_keys(root_key, tokens)
+
+    def pin(self, owner: bytes, keys: Sequence[bytes], bound: int) -> tuple[int, int] | None:
+        """Keep the leading cached blocks of `keys` with ranks up to `bound`, to be gathered under `owner` until
+        `release`. Returns (how many, their worst rank).
+
+        None where the first is not cached, or where running answers would not keep a block each to grow into.
+        """
+        with self.lock:
+            num_blocks = self.pool.lookup(keys, bound)
+            if not num_blocks:
+                return None
+            spare = self.scheduler.num_running
+            if self.pool.open(owner, keys[:num_blocks], num_blocks, spare, bound) is None:
+                return None
+            self._leases[owner] = _Lease(num_choices=0)
+            return num_blocks, self.pool.rank(owner)
+
+    def open_prefix(self, lease_id: bytes, keys: Sequence[bytes], bound: int, tenant: str = "") -> int | None:
+        """Open a lease on the cached ones of the leading `keys` and on blocks to be filled for the others.
+
+        Returns how many are cached; the entries of the others are written through `cache` under `lease_id`. None
+        where there is no room now, as in `reserve`. Takes no place of a sequence.
+        """
+        with self.lock:
+            num_hit = self.pool.open(lease_id, keys, len(keys), self.scheduler.num_running, bound, tenant)
+            if num_hit is not None:
+                self._leases[lease_id] = _Lease(num_choices=0, bound=bound, tenant=tenant)
+            return num_hit
+
+    def seal_prefix(self, lease_id: bytes, keys: Sequence[bytes], num_blocks: int, fidelity: int) -> None:
+        """The first `num_blocks` blocks of an `open_prefix` lease are filled and verified: cache them under their
+        keys. `fidelity`: the worst rank of what was written.
+
+        Raises ValueError for a rank beyond the lease's bound, or for more blocks than it has.
+        """
+        with self.lock:
+            lease, blocks = self._leases[lease_id], self.pool.blocks(lease_id)
+            if fidelity > lease.bound or num_blocks > min(len(keys), len(blocks)):
+                raise ValueError(
+                    f"{num_blocks} blocks of rank {fidelity} to seal, but the lease was opened for {len(blocks)} "
+                    f"of rank {lease.bound}, and {len(keys)} keys are given"
+                )
+            self.cache.fence()
+            self.pool.worsen(lease_id, fidelity)
+            for key in keys[len(self.pool.keys(lease_id)) : num_blocks]:
+                self.pool.seal(lease_id, key)
+
+    def sealed_keys(self, lease_id: bytes) -> list[tuple[bytes, ...]]:
+        """Of each of a lease's choices, the keys of its leading blocks that are cached; none for a lease whose
+        contents are not to be trusted, or that is not known."""
+        with self.lock:
+            lease = self._leases.get(lease_id)
+            if lease is None or lease.failed:
+                return []
+            owners = [choice_owner(lease_id, choice) for choice in (0, *lease.children)]
+            return [tuple(self.pool.keys(owner)) for owner in owners if self.pool.owns(owner)]
+
+    def fidelity_of(self, lease_id: bytes) -> int:
+        """The worst rank of a lease's blocks. Raises KeyError for a lease that holds none."""
+        with self.lock:
+            return self.pool.rank(lease_id)
 
     def has_work(self) -> bool:
         """Whether a step might compute something."""
@@ -170,7 +262,7 @@ class Engine:
 
     @property
     def num_leases(self) -> int:
-        """Leases that hold blocks."""
+        """Leases that hold blocks, of requests and of prefixes."""
         with self.lock:
             return len(self._leases)
 
@@ -186,7 +278,8 @@ class Engine:
             batch = self.runner.build(plan)
             self._in_flight = {row.sequence.lease_id for row in plan.rows}
         try:
-            drawn = self._draw(batch, self._layer_reporter(plan, began))
+            logits = self.runner.forward(batch, self._layer_reporter(plan, began))
+            drawn = draw(logits, batch.drawing, self.max_context)
             with self.lock:
                 events = self._apply(plan, drawn)
         finally:
@@ -218,38 +311,6 @@ class Engine:
 
         return after_layer
 
-    def _draw(
-        self, batch: StepBatch, after_layer: Callable[[int], None]
-    ) -> dict[int, list[Drawn | SampleFailure]]:
-        """Run the model and draw: by sequence id, one token, or for a prompt's end one per choice."""
-        logits = self.runner.forward(batch, after_layer)
-        rows: list[SampleRow] = []
-        sources: list[int] = []
-        for index, row in enumerate(batch.drawing):
-            for choice in self._choices(row.sequence):
-                rows.append(self._sample_row(row.sequence, choice))
-                sources.append(index)
-        if len(sources) > len(batch.drawing):
-            logits = logits[sources]
-        drawn: dict[int, list[Drawn | SampleFailure]] = {}
-        for source, result in zip(sources, sample(logits, rows), strict=True):
-            drawn.setdefault(batch.drawing[source].sequence.sequence_id, []).append(result)
-        return drawn
-
-    def _choices(self, sequence: EngineSequence) -> Iterable[int]:
-        first_token = sequence.choice == 0 and sequence.num_generated == 0
-        return range(sequence.sampling.n) if first_token else (sequence.choice,)
-
-    def _sample_row(self, sequence: EngineSequence, choice: int) -> SampleRow:
-        left = self.max_context - sequence.num_tokens
-        return SampleRow(
-            params=sequence.sampling,
-            tokens=sequence.tokens,
-            num_prompt=sequence.num_prompt,
-            choice=choice,
-            max_tokens_left=left,
-        )
-
     def _apply(self, plan: StepPlan, drawn: dict[int, list[Drawn | SampleFailure]]) -> list[Event]:
         events: list[Event] = []
         for row in plan.rows:
@@ -267,7 +328,7 @@ class Engine:
         tokens = [result for result in results if isinstance(result, Drawn)]
         failure = next((result for result in results if isinstance(result, SampleFailure)), None)
         if failure is not None:
-            self._leases[sequence.lease_id].trusted = False
+            self._leases[sequence.lease_id].failed = True
             self.scheduler.remove(sequence, SequenceStatus.FINISHED)
             choice = None if len(results) > 1 or sequence.prefill_only else sequence.choice
             events.append(SequenceFailed(sequence.lease_id, choice, failure.cause, failure.message))
@@ -320,6 +381,7 @@ class Engine:
     def _sequence(
         self, lease_id: bytes, choice: int, prompt: Sequence[int], sampling: SamplingParams
     ) -> EngineSequence:
+        lease = self._leases[lease_id]
         return EngineSequence(
             sequence_id=next(self._sequence_ids),
             lease_id=lease_id,
@@ -327,5 +389,7 @@ class Engine:
             tokens=list(prompt),
             num_prompt=len(prompt),
             sampling=sampling,
-            root_key=self._leases[lease_id].root_key,
+            root_key=lease.root_key,
+            bound=lease.bound,
+            tenant=lease.tenant,
         )

@@ -1,21 +1,27 @@
 """Which KV block belongs to whom.
 
-Knows block numbers, owners and keys; knows no tensors, no sequences and no clock. A block is in exactly
+Knows block numbers, owners, keys and ranks; knows no tensors, no sequences and no clock. A block is in exactly
 one of three places (design §3.1):
 
     free      nobody's, its contents mean nothing
     private   one owner's, being filled or not worth sharing
-    cached    full and keyed; any number of owners hold a pin on it, and at 0 pins it waits in
-              least-recently-used order to be evicted
+    cached    full and named; any number of owners hold a pin on it, and at 0 pins it waits to be
+              evicted, least recently used first (engine/shares.py)
+
+A cached block is named by its key and a rank: 0 where its contents are exact, more where they were lossy on the
+way here or were computed on top of such (the order of kvtransfer.codecs.Fidelity; design §4). A look-up takes for
+each key the best rank within a bound, so that bound 0 never sees a lossy block. An owner's rank is the worst of
+what it took from the cache and of what landed under it, and all that it seals afterwards bears it.
 
 An owner is a lease, or one choice of it: opaque bytes. Nothing leaves an owner but by `close`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+
+from engine.shares import TenantShares
 
 
 class PoolCorrupted(AssertionError):
@@ -42,30 +48,32 @@ class PoolStats:
 
 @dataclass(slots=True)
 class _Holding:
-    """One owner's blocks in order of position, and the keys of the leading ones that are cached."""
+    """One owner's blocks in order of position, and the keys of the leading ones that are full."""
 
+    tenant: Hashable
+    rank: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     sealed: list[bool] = field(default_factory=list)  # False: the key was taken, the block stays private
 
 
 class BlockPool:
-    """Hands out `num_blocks` blocks of `block_tokens` tokens each.
+    """Hands out `num_blocks` blocks of `block_tokens` tokens each; `tenant_share` as in engine/shares.py.
 
     Not thread-safe; the engine's lock guards it.
     """
 
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, tenant_share: float = 1.0) -> None:
         if num_blocks < 1 or block_tokens < 1:
             raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} of {block_tokens}")
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self._free = list(range(num_blocks - 1, -1, -1))
         self._holdings: dict[bytes, _Holding] = {}
-        self._block_of_key: dict[bytes, int] = {}
-        self._key_of_block: dict[int, bytes] = {}
+        self._block_of: dict[tuple[bytes, int], int] = {}
+        self._name_of: dict[int, tuple[bytes, int]] = {}
         self._pins: dict[int, int] = {}
-        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._shares = TenantShares(num_blocks, tenant_share)
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -75,8 +83,12 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that could be handed out now."""
-        return len(self._free) + len(self._evictable)
+        """Blocks that are free or idle. A tenant at its share may be given fewer (`room`)."""
+        return len(self._free) + self._shares.num_idle
+
+    def room(self, tenant: Hashable = "") -> int:
+        """Blocks that a tenant's owners could be given now."""
+        return self._shares.room(tenant, len(self._free))
 
     def owns(self, owner: bytes) -> bool:
         """Whether `owner` holds anything here."""
@@ -90,73 +102,88 @@ class BlockPool:
         """Keys of the owner's leading full blocks. The list is the pool's own: read it, do not keep it."""
         return self._holdings[owner].keys
 
-    def lookup(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are cached."""
-        for index, key in enumerate(keys):
-            if key not in self._block_of_key:
-                return index
-        return len(keys)
+    def rank(self, owner: bytes) -> int:
+        """The worst rank of what the owner holds."""
+        return self._holdings[owner].rank
+
+    def lookup(self, keys: Sequence[bytes], bound: int = 0) -> int:
+        """How many leading keys are cached with a rank of at most `bound`."""
+        return len(self._hits(keys, bound))
+
+    def frees_for(self, owner: bytes, other: bytes) -> bool:
+        """Whether blocks that `other` gave up would be room for `owner` to grow into."""
+        return self._shares.may_evict(self._holdings[owner].tenant, self._holdings[other].tenant)
 
     def stats(self) -> PoolStats:
         """Where the blocks are now."""
-        cached = len(self._key_of_block)
+        cached = len(self._name_of)
         return PoolStats(
             total=self.num_blocks,
             free=len(self._free),
             private=self.num_blocks - len(self._free) - cached,
             cached=cached,
-            evictable=len(self._evictable),
+            evictable=self._shares.num_idle,
             pins=sum(self._pins.values()),
             owners=len(self._holdings),
         )
 
     # --- changing ------------------------------------------------------------------------------
 
-    def open(self, owner: bytes, keys: Sequence[bytes], num_blocks: int, spare: int = 0) -> int | None:
+    def open(
+        self,
+        owner: bytes,
+        keys: Sequence[bytes],
+        num_blocks: int,
+        spare: int = 0,
+        bound: int = 0,
+        tenant: Hashable = "",
+    ) -> int | None:
         """Give a new owner the cached prefix named by `keys`, pinned, and private blocks up to `num_blocks`.
 
-        Returns how many leading blocks were cached, or None, with nothing changed, where fewer than
-        `spare` blocks would be left.
+        Of the cached blocks only ranks up to `bound` are taken. Returns how many leading blocks were cached, or
+        None, with nothing changed, where fewer than `spare` blocks would be left or the tenant may not have as
+        many.
         """
-        if owner in self._holdings:
-            raise PoolCorrupted(f"owner {owner.hex()} is open already")
-        num_hit = min(self.lookup(keys), num_blocks)
-        hits = [self._block_of_key[key] for key in keys[:num_hit]]
-        num_unpinned = sum(1 for block in hits if block in self._evictable)
-        if self.num_available - num_unpinned - (num_blocks - num_hit) < spare:
+        hits = self._hits(keys[:num_blocks], bound)
+        num_private = num_blocks - len(hits)
+        idle = [block for _, block in hits if self._shares.is_idle(block)]  # and no longer, once taken
+        if (
+            self.num_available - len(idle) - num_private < spare
+            or self._shares.room(tenant, len(self._free), idle) < num_private
+        ):
             return None
-        holding = self._holdings[owner] = _Holding()
-        for block, key in zip(hits, keys, strict=False):
-            self._pin(block)
-            holding.blocks.append(block)
-            holding.keys.append(key)
-            holding.sealed.append(True)
-        holding.blocks.extend(self._take() for _ in range(num_blocks - num_hit))
-        return num_hit
+        self._open(owner, tenant, hits)
+        self._extend(owner, num_private)
+        return len(hits)
 
     def grow(self, owner: bytes, num_blocks: int) -> bool:
         """Give the owner private blocks until it has `num_blocks`; False, with nothing changed, if too few are left."""
-        blocks = self._holdings[owner].blocks
-        missing = num_blocks - len(blocks)
-        if missing > self.num_available:
+        holding = self._holdings[owner]
+        missing = num_blocks - len(holding.blocks)
+        if missing > 0 and missing > self.room(holding.tenant):
             return False
-        blocks.extend(self._take() for _ in range(missing))
+        self._extend(owner, missing)
         return True
 
-    def seal(self, owner: bytes, key: bytes) -> None:
-        """Key the owner's next full block, so that others may pin it.
+    def worsen(self, owner: bytes, rank: int) -> None:
+        """Contents of at best this rank were written into the owner's blocks."""
+        holding = self._holdings[owner]
+        holding.rank = max(holding.rank, rank)
 
-        Where the key is cached already, the owner's block stays private: two sequences computed the same.
+    def seal(self, owner: bytes, key: bytes) -> None:
+        """Name the owner's next full block by `key` and the owner's rank, so that others may pin it.
+
+        Where the key is cached already at that rank or a better one, the owner's block stays private: two
+        sequences computed the same.
         """
         holding = self._holdings[owner]
-        index = len(holding.keys)
-        block = holding.blocks[index]
-        fresh = key not in self._block_of_key
+        block = holding.blocks[len(holding.keys)]
+        fresh = self._best(key, holding.rank) is None
         holding.keys.append(key)
         holding.sealed.append(fresh)
         if fresh:
-            self._block_of_key[key] = block
-            self._key_of_block[block] = key
+            self._block_of[key, holding.rank] = block
+            self._name_of[block] = (key, holding.rank)
             self._pins[block] = 1
 
     def fork(self, source: bytes, owner: bytes, num_tokens: int) -> tuple[int, int] | None:
@@ -173,9 +200,12 @@ class BlockPool:
             and holding.sealed[num_shared]
         ):
             num_shared += 1
-        if num_blocks - num_shared > self.num_available:
+        if num_blocks - num_shared > self.room(holding.tenant):
             return None
-        self.open(owner, holding.keys[:num_shared], num_blocks)
+        # The source's very blocks: a look-up might find the same keys at another rank.
+        self._open(owner, holding.tenant, list(zip(holding.keys, holding.blocks, strict=False))[:num_shared])
+        self.worsen(owner, holding.rank)
+        self._extend(owner, num_blocks - num_shared)
         return num_shared, num_blocks
 
     def close(self, owner: bytes, forget: bool = False) -> list[int]:
@@ -191,35 +221,71 @@ class BlockPool:
             block = holding.blocks[index]
             if index < len(holding.keys) and holding.sealed[index]:
                 self._unpin(block)
-                if not (forget and block in self._evictable):
+                if not forget or self._pins[block]:
                     continue
-                del self._evictable[block]
                 self._forget(block)
+            self._shares.give(block)
             self._free.append(block)
             freed.append(block)
         return freed
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _take(self) -> int:
-        if self._free:
-            return self._free.pop()
-        block, _ = self._evictable.popitem(last=False)
+    def _best(self, key: bytes, bound: int) -> int | None:
+        """The block of a key with the best rank of at most `bound`."""
+        for rank in range(bound + 1):
+            block = self._block_of.get((key, rank))
+            if block is not None:
+                return block
+        return None
+
+    def _hits(self, keys: Sequence[bytes], bound: int) -> list[tuple[bytes, int]]:
+        """The leading keys that are cached, with their blocks."""
+        hits = []
+        for key in keys:
+            block = self._best(key, bound)
+            if block is None:
+                break
+            hits.append((key, block))
+        return hits
+
+    def _open(self, owner: bytes, tenant: Hashable, shared: Sequence[tuple[bytes, int]]) -> None:
+        """A new owner with pins on cached blocks, given as (key, block)."""
+        if owner in self._holdings:
+            raise PoolCorrupted(f"owner {owner.hex()} is open already")
+        holding = self._holdings[owner] = _Holding(tenant)
+        for key, block in shared:
+            self._pins[block] += 1
+            self._shares.use(block)
+            holding.blocks.append(block)
+            holding.keys.append(key)
+            holding.sealed.append(True)
+            holding.rank = max(holding.rank, self._name_of[block][1])
+
+    def _extend(self, owner: bytes, num_blocks: int) -> None:
+        """More private blocks, for which there is room."""
+        holding = self._holdings[owner]
+        for _ in range(num_blocks):
+            block = self._free.pop() if self._free else self._evict(holding.tenant)
+            self._shares.take(block, holding.tenant)
+            holding.blocks.append(block)
+
+    def _evict(self, tenant: Hashable) -> int:
+        block = self._shares.victim(tenant)
+        if block is None:
+            raise PoolCorrupted("there was room for a block that nobody can give up")
         self._forget(block)
+        self._shares.give(block)
         return block
 
     def _forget(self, block: int) -> None:
-        del self._block_of_key[self._key_of_block.pop(block)]
+        del self._block_of[self._name_of.pop(block)]
         del self._pins[block]
-
-    def _pin(self, block: int) -> None:
-        self._pins[block] += 1
-        self._evictable.pop(block, None)
 
     def _unpin(self, block: int) -> None:
         self._pins[block] -= 1
         if self._pins[block] == 0:
-            self._evictable[block] = None
+            self._shares.rest(block)
 
     def check(self) -> None:
         """Raise PoolCorrupted unless every block is in exactly one place and every pin has an owner."""
@@ -229,12 +295,16 @@ class BlockPool:
             for index, block in enumerate(holding.blocks):
                 if index < len(holding.keys) and holding.sealed[index]:
                     pins[block] = pins.get(block, 0) + 1
+                    if self._name_of[block][1] > holding.rank:
+                        raise PoolCorrupted("an owner's rank is better than that of a block it holds")
                 else:
                     private.append(block)
-        places = [*self._free, *private, *self._key_of_block]
+        places = [*self._free, *private, *self._name_of]
         if sorted(places) != list(range(self.num_blocks)):
             raise PoolCorrupted("a block is in two places or in none")
+        if self._block_of != {name: block for block, name in self._name_of.items()}:
+            raise PoolCorrupted("names and cached blocks do not match")
         if pins != {block: count for block, count in self._pins.items() if count}:
             raise PoolCorrupted("pins do not match their owners")
-        if set(self._evictable) != {block for block, count in self._pins.items() if count == 0}:
-            raise PoolCorrupted("the eviction order does not match the pins")
+        if set(self._shares.idle_blocks()) != {block for block, count in self._pins.items() if count == 0}:
+            raise PoolCorrupted("the idle blocks do not match the pins")

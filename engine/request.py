@@ -97,7 +97,8 @@ class Sequence:
 
     `tokens` is the prompt followed by the answer so far; `num_computed` says for how many of its first
     positions keys and values are in the cache. `root_key` starts the chain of block keys (kvtransfer.keys):
-    it separates tenants and models.
+    it separates tenants and models. `bound` and `tenant` are its lease's, for when it takes blocks from the
+    cache again (engine/pool.py).
     """
 
     sequence_id: int
@@ -110,6 +111,8 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     prefill_only: bool = False
     root_key: bytes = b""
+    bound: int = 0
+    tenant: str = ""
 
     @property
     def num_tokens(self) -> int:

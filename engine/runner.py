@@ -21,7 +21,9 @@ from engine.pool import BlockPool
 from engine.scheduler import StepPlan
 from engine.weights import open_weights
 
-BLOCK_TOKENS = 64  # also the cluster-wide key block (design §4)
+BLOCK_TOKENS = 64
+"""Of a block in memory and of a key block (design §4). The engine has no other size; a cache at the other end of a
+transfer may (kvtransfer/recut.py), since pieces travel by entry."""
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -34,6 +36,8 @@ class EngineOptions:
     """How to run a model. `precision`: float32 | bfloat16 | auto; `kv_dtype`: float32 | bfloat16 | auto.
 
     `max_context`, `chunk_tokens` in tokens; `kv_bytes` bounds the cache; `num_threads` of one product.
+    `tenant_share`: the part of the cache, at least one context of it, within which no other tenant takes a
+    tenant's cached blocks (engine/shares.py).
     `device` is "cpu" or "cuda:N" (CUDA: written, not run by the project's tests).
     """
 
@@ -43,6 +47,7 @@ class EngineOptions:
     chunk_tokens: int = 512
     max_sequences: int = 64
     kv_bytes: int = 2 << 30
+    tenant_share: float = 1.0
     num_threads: int = 1
     device: str = "cpu"
 
@@ -71,7 +76,12 @@ class ModelRunner:
                 f"kv_memory of {options.kv_bytes} bytes holds {num_blocks * BLOCK_TOKENS} tokens, less than one "
                 f"context of {self.max_context}: give at least {needed * block_bytes} bytes or lower max_context"
             )
-        self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
+        if int(options.tenant_share * num_blocks) < needed:
+            raise EngineError(
+                f"a tenant's share of {options.tenant_share} of {num_blocks} blocks is less than the {needed} that "
+                f"one context of {self.max_context} tokens takes: raise kv_memory or the share"
+            )
+        self.pool = BlockPool(num_blocks, BLOCK_TOKENS, options.tenant_share)
         self.cache = PagedCache(self.layout, num_blocks, self.device, self.pool.blocks)
         self._builder = BatchBuilder(self.pool.blocks, BLOCK_TOKENS, self.cache.padding_block, self.device)
         weights = open_weights(model_dir, self.config)

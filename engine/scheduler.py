@@ -5,8 +5,9 @@ Pure: it knows sequences and the block pool, no tensors, no clock, no network. A
 resumed or for a preempted one; there is no other difference between prefill and decode. A step is one
 budget of tokens: running answers first, one token each, then prompts in order of arrival, in chunks.
 
-A running answer that finds no block takes the blocks of the sequence that arrived last; that one starts
-again from its cached prefix when there is room, and computes its tokens anew (they come out the same).
+A running answer that finds no block takes the blocks of the sequence that arrived last (of those whose blocks
+its tenant may have, engine/shares.py); that one starts again from its cached prefix when there is room, within
+the fidelity that its request allows, and computes its tokens anew (under `exact` they come out the same).
 """
 
 from __future__ import annotations
@@ -148,16 +149,21 @@ class Scheduler:
         while not self.pool.grow(owner_of(sequence), self.pool.blocks_for(num_tokens)):
             if sequence.prefill_only:
                 return False
-            victim = self._last_running()
+            victim = self._last_running(sequence)
             self._preempt(victim, plan)
             if victim is sequence:
                 return False
         return True
 
-    def _last_running(self) -> Sequence:
+    def _last_running(self, taker: Sequence) -> Sequence:
+        """The last arrival whose blocks `taker` can use; at the latest itself."""
         # A prompt whose chunks are being pushed elsewhere keeps its blocks: the sender reads them.
         return next(
-            s for s in reversed(self._sequences) if s.status is SequenceStatus.RUNNING and not s.prefill_only
+            s
+            for s in reversed(self._sequences)
+            if s.status is SequenceStatus.RUNNING
+            and not s.prefill_only
+            and self.pool.frees_for(owner_of(taker), owner_of(s))
         )
 
     def _preempt(self, victim: Sequence, plan: StepPlan) -> None:
@@ -174,7 +180,9 @@ class Scheduler:
             return False
         keys = self.prefix_keys(sequence.root_key, sequence.tokens)
         num_blocks = self.pool.blocks_for(sequence.num_tokens)
-        num_hit = self.pool.open(owner_of(sequence), keys, num_blocks, spare=self.num_running)
+        num_hit = self.pool.open(
+            owner_of(sequence), keys, num_blocks, self.num_running, sequence.bound, sequence.tenant
+        )
         if num_hit is None:
             return False
         sequence.num_computed = num_hit * self.pool.block_tokens

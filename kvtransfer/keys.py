@@ -19,15 +19,29 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 16
 SECRET_BYTES = 32
+LABEL_BYTES = 16
 MIN_CLUSTER_SECRET_BYTES = 16
 
 
-def tenant_secret(cluster_secret: bytes, tenant: str) -> bytes:
-    """32 bytes for a tenant by HKDF-SHA256 (RFC 5869). Raises ValueError for a short cluster secret."""
+def derive(cluster_secret: bytes, purpose: str, info: str = "") -> bytes:
+    """32 bytes by HKDF-SHA256 (RFC 5869) that only holders of the cluster secret can make; different for every
+    `purpose` (the salt) and `info`. Raises ValueError for a short cluster secret.
+    """
     if len(cluster_secret) < MIN_CLUSTER_SECRET_BYTES:
         raise ValueError(f"the cluster secret must have at least {MIN_CLUSTER_SECRET_BYTES} bytes")
-    pseudo_random_key = hmac.digest(b"headrace tenant secret", cluster_secret, "sha256")
-    return hmac.digest(pseudo_random_key, tenant.encode() + b"\x01", "sha256")
+    pseudo_random_key = hmac.digest(purpose.encode(), cluster_secret, "sha256")
+    return hmac.digest(pseudo_random_key, info.encode() + b"\x01", "sha256")
+
+
+def tenant_secret(cluster_secret: bytes, tenant: str) -> bytes:
+    """32 bytes for a tenant, which salt the keys of its blocks. Raises ValueError for a short cluster secret."""
+    return derive(cluster_secret, "headrace tenant secret", tenant)
+
+
+def tenant_label(cluster_secret: bytes, tenant: str) -> bytes:
+    """16 bytes by which a store tells tenants apart; says neither the tenant's name nor its secret. Raises
+    ValueError for a short cluster secret."""
+    return derive(cluster_secret, "headrace tenant label", tenant)[:LABEL_BYTES]
 
 
 def root_key(identity: str, adapter: str, secret: bytes) -> bytes:

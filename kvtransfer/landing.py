@@ -1,14 +1,14 @@
-"""How one frame lands: verify, ask the lease table, decode, write. The same for every transport.
+"""How one frame lands: verify, ask the lease table, hand it to whatever keeps it. The same for every transport
+and for every keeper: a worker's cache, a host tier.
 
-A frame that cannot land becomes a refusal that says why, never an exception: the stream goes on.
+A frame that cannot land becomes a refusal that says why, never an exception: the stream goes on. Knows no torch.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from kvtransfer.codecs import UnknownCodec, find_codec
 from kvtransfer.frames import Ack, AckFault, DamagedFrame, decode_frame
 from kvtransfer.layouts import Paged
 from kvtransfer.lease_types import AlreadyLanded, Refused
@@ -18,80 +18,104 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from kvtransfer.cache_store import CacheStore
-    from kvtransfer.codecs import Codec
     from kvtransfer.desk import LeaseDesk
-    from kvtransfer.frames import Frame, FrameHeader
-    from kvtransfer.layouts import CacheLayout, Plane
-    from kvtransfer.lease_types import Landing
+    from kvtransfer.frames import Frame, FrameHeader, SlotRef
+    from kvtransfer.layouts import CacheLayout
+    from kvtransfer.lease_types import Landing, Refusal
 
 _log = logging.getLogger(__name__)
 
 
-class _CannotLand(Exception):
-    """Carries the fault and the message of a refusal."""
+class CannotLand(Exception):
+    """A frame that is refused: the fault and, in words, why."""
 
-    def __init__(self, fault: AckFault, message: str) -> None:
+    def __init__(self, fault: AckFault | Refusal, message: str) -> None:
         super().__init__(message)
         self.fault = fault
 
 
-class FrameLander:
-    """Lands frames in the cache under the leases of a desk; safe to call from several threads.
+class FrameSink(Protocol):
+    """Takes frames that a lease admits. Called by several threads at once, without any lock."""
 
-    `pace(num_bytes)`: called before a frame is written, without the lock; it may sleep, so that
-    landing does not stall a decode step.
+    def check(self, header: FrameHeader) -> int:
+        """The fidelity rank that the frame's content will have here: the worst of what the header says, the codec's
+        class and any conversion. Nothing is allocated or written yet. Raises CannotLand."""
+
+    def write(self, landing: Landing, frame: Frame) -> None:
+        """Writes a frame that `check` let pass; the payload may be reused as soon as this returns. Raises
+        CannotLand; any other exception refuses the frame as LANDING_FAILED."""
+
+    def fence(self) -> None:
+        """Returns when everything written so far is visible to whoever reads it after the commit."""
+
+
+LayoutOf: TypeAlias = "Callable[[bytes], CacheLayout]"
+"""A lease's layout, by its id, where leases of several layouts meet. Raises CannotLand for a lease it does not know."""
+
+
+def layout_of(layout: CacheLayout | LayoutOf) -> LayoutOf:
+    """The same layout for every lease where one is given."""
+    return layout if callable(layout) else lambda lease_id: layout
+
+
+class FrameLander:
+    """Lands frames in a sink under the leases of a desk; safe to call from several threads.
+
+    `layout`: of the planes, to tell the prefix that a lease holds; one for all leases, or each lease's own.
+    `pace(num_bytes)`: called before a frame is
+    written, without the lock; it may sleep, so that landing does not stall a decode step.
     """
 
     def __init__(
         self,
         desk: LeaseDesk,
-        cache: CacheStore,
-        layout: CacheLayout,
+        sink: FrameSink,
+        layout: CacheLayout | LayoutOf,
         clock: Callable[[], float],
         pace: Callable[[int], None] | None = None,
     ) -> None:
         self._desk = desk
-        self._cache = cache
-        self._layout = layout
+        self._sink = sink
+        self._layout_of = layout_of(layout)
         self._clock = clock
         self._pace = pace
 
-    def land(self, message: Buffer) -> Ack:
-        """Takes one message of the bulk stream and gives its acknowledgement."""
+    def land(self, message: Buffer, read_slot: Callable[[SlotRef], memoryview] | None = None) -> Ack:
+        """Takes one message of the bulk stream and gives its acknowledgement, without credit.
+
+        `read_slot`: as `decode_frame` takes it, for streams that have landing slots.
+        """
         received_at = self._clock()
         try:
-            frame = decode_frame(message)
+            frame = decode_frame(message, read_slot)
         except DamagedFrame as error:
             return Ack(None, ok=False, cause=AckFault.DAMAGED_FRAME, message=str(error))
         number = frame.header.number
         if self._pace is not None:
             self._pace(len(frame.payload))
         try:
-            codec, wire = self._check(frame.header)
-            refused = self._admit_and_write(frame, codec, wire)
-        except _CannotLand as error:
+            self._check_piece(frame.header)
+            refused = self._admit_and_write(frame, self._sink.check(frame.header))
+        except CannotLand as error:
             return Ack(number, ok=False, cause=error.fault, message=str(error))
         if refused is not None:
             return Ack(number, ok=False, cause=refused.refusal, message=refused.message)
         return Ack(number, ok=True, landing_s=self._clock() - received_at)
 
-    def _check(self, header: FrameHeader) -> tuple[Codec, Plane]:
+    def _check_piece(self, header: FrameHeader) -> None:
+        """The piece lies in the layout, and has the length that is declared, before anything of it is allocated."""
+        layout = self._layout_of(header.lease.lease_id)
         try:
-            self._layout.check(header.piece)
-            wire = self._layout.plane(header.piece.plane).with_dtypes(header.dtypes)
+            layout.check(header.piece)
+            wire = layout.plane(header.piece.plane).with_dtypes(header.dtypes)
         except ValueError as error:
-            raise _CannotLand(AckFault.BAD_PIECE, str(error)) from None
+            raise CannotLand(AckFault.BAD_PIECE, str(error)) from None
         num_bytes = wire.num_bytes(header.piece)
         if header.raw_bytes != num_bytes:
             text = f"raw length {header.raw_bytes}, but the piece has {num_bytes} bytes here"
-            raise _CannotLand(AckFault.BAD_PIECE, text)
-        try:
-            return find_codec(header.codec, header.codec_version), wire
-        except UnknownCodec as error:
-            raise _CannotLand(AckFault.UNKNOWN_CODEC, str(error)) from None
+            raise CannotLand(AckFault.BAD_PIECE, text)
 
-    def _admit_and_write(self, frame: Frame, codec: Codec, wire: Plane) -> Refused | None:
+    def _admit_and_write(self, frame: Frame, fidelity: int) -> Refused | None:
         header = frame.header
         with self._desk.change() as table:
             answer = table.begin_landing(header.lease, header.number, frame.record)
@@ -101,25 +125,32 @@ class FrameLander:
             return None
         landed = False
         try:
-            self._write(answer, frame, codec, wire)
+            self._check_lease(answer, header, fidelity)
+            self._write(answer, frame)
             landed = True
         finally:
             with self._desk.change() as table:
-                table.end_landing(answer, frame.record, header.piece, landed=landed)
+                table.end_landing(answer, frame.record, header.piece, landed=landed, fidelity=fidelity)
         return None
 
-    def _write(self, landing: Landing, frame: Frame, codec: Codec, wire: Plane) -> None:
-        piece = frame.header.piece
-        if isinstance(wire.kind, Paged):
-            first = landing.start_token // wire.kind.tokens_per_entry
-            if piece.entries.start < first:
-                text = f"entries from {piece.entries.start}, but those below {first} are shared prefix here"
-                raise _CannotLand(AckFault.BAD_PIECE, text)
+    def _check_lease(self, landing: Landing, header: FrameHeader, fidelity: int) -> None:
+        """What the lease allows, for every sink alike."""
+        if fidelity > landing.fidelity:
+            text = f"content of fidelity rank {fidelity}, the lease allows {landing.fidelity}"
+            raise CannotLand(AckFault.FIDELITY_EXCEEDED, text)
+        layout, entries = self._layout_of(landing.lease_id), header.piece.entries
+        kind = layout.plane(header.piece.plane).kind
+        if isinstance(kind, Paged):
+            first = landing.start_token // kind.tokens_per_entry
+            if entries.start < first:
+                text = f"entries from {entries.start}, but those below {first} are shared prefix here"
+                raise CannotLand(AckFault.BAD_PIECE, text)
+
+    def _write(self, landing: Landing, frame: Frame) -> None:
         try:
-            raw = codec.decode(frame.payload, wire, piece)
-            if len(raw) != frame.header.raw_bytes:
-                raise ValueError(f"decoded to {len(raw)} bytes, declared {frame.header.raw_bytes}")
-            self._cache.scatter(landing.lease_id, piece, wire, raw)
+            self._sink.write(landing, frame)
+        except CannotLand:
+            raise
         except Exception as error:  # codecs and stores may fail in any way: one frame pays for it
             _log.warning("frame %d of lease %s failed to land", frame.header.number, landing.lease_id.hex())
-            raise _CannotLand(AckFault.LANDING_FAILED, f"{type(error).__name__}: {error}") from error
+            raise CannotLand(AckFault.LANDING_FAILED, f"{type(error).__name__}: {error}") from error

@@ -225,19 +225,23 @@ def pieces_for(
     tokens: range,
     target_bytes: int = DEFAULT_PIECE_BYTES,
     layers: range | None = None,
+    align_tokens: int | None = None,
 ) -> list[Piece]:
     """Cuts the positions `tokens` of all paged planes, in all layers or in `layers`, into pieces of at most
     about `target_bytes`.
 
     Consecutive ranges tile: an entry belongs to the range in which its last token lies. A piece is
-    larger than the target only where one entry of one layer already is.
+    larger than the target only where one entry of one layer already is. `align_tokens`: no piece crosses a
+    multiple of it, for a receiver that keeps what it gets block by block; raises ValueError where it is no
+    multiple of a plane's tokens per entry.
     """
     pieces: list[Piece] = []
     for plane in layout.planes:
         if isinstance(plane.kind, Paged):
             per_entry = plane.kind.tokens_per_entry
             entries = range(tokens.start // per_entry, tokens.stop // per_entry)
-            pieces.extend(_cut(plane, entries, target_bytes, layers))
+            for part in _aligned(plane, entries, per_entry, align_tokens):
+                pieces.extend(_cut(plane, part, target_bytes, layers))
     return pieces
 
 
@@ -250,6 +254,24 @@ def window_pieces_for(
         if isinstance(plane.kind, Window):
             pieces.extend(_cut(plane, plane.live(num_tokens), target_bytes))
     return pieces
+
+
+def _aligned(plane: Plane, entries: range, per_entry: int, align_tokens: int | None) -> Iterator[range]:
+    """`entries` in parts that end at multiples of `align_tokens`."""
+    if align_tokens is None:
+        yield entries
+        return
+    if align_tokens < 1 or align_tokens % per_entry:
+        text = (
+            f"plane {plane.name!r} has an entry for {per_entry} tokens; {align_tokens} is no multiple of it"
+        )
+        raise ValueError(text)
+    step = align_tokens // per_entry
+    start = entries.start
+    while start < entries.stop:
+        stop = min(entries.stop, (start // step + 1) * step)
+        yield range(start, stop)
+        start = stop
 
 
 def _cut(plane: Plane, entries: range, target_bytes: int, layers: range | None = None) -> Iterator[Piece]:

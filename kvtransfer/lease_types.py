@@ -67,11 +67,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """Leave to write one frame; `end_landing` must follow, whatever happens."""
+    """Leave to write one frame; `end_landing` must follow, whatever happens. `start_token` and `fidelity` bound it."""
 
     lease_id: bytes
     number: int
     start_token: int
+    fidelity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,15 @@ class AlreadyLanded:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Every frame of the manifest has landed, and nothing else: the lease may be committed now."""
+    """Every frame of the manifest has landed, and nothing else: the lease may be committed now.
+
+    `fidelity`: the worst rank that landed (0 exact, 1 near, 2 compact).
+    """
 
     lease_id: bytes
     start_token: int
     pieces: tuple[Piece, ...]
+    fidelity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,10 @@ class LeaseCounters:
 
 @dataclass(slots=True)
 class Lease:
-    """One grant. Read it; only the table writes it."""
+    """One grant. Read it; only the table writes it.
+
+    `fidelity`: the worst rank that may land, `landed_fidelity` the worst that did.
+    """
 
     lease_id: bytes
     request: RequestId
@@ -133,6 +141,8 @@ class Lease:
     renewed_at: float
     deadline: float
     state: LeaseState
+    fidelity: int = 0
+    landed_fidelity: int = 0
     cause: str = ""
     start_token: int = 0
     landed: dict[int, tuple[FrameRecord, Piece]] = field(default_factory=dict)

@@ -25,15 +25,16 @@ What each message does in each state. `-` means no effect; the answer is in brac
     *** When every frame of the manifest has landed and none is being written; else the answer is
         what is missing and the state stays.
 
-Frame, commit, renew and abort come from the sender and carry attempt and both epochs; any that
-differ are refused and counted. The first frame or commit binds the lease to the sender's epoch, if
-the grant did not. Cancel comes from the router, names request and attempt, and is accepted in every
-state: before its grant it leaves a tombstone (a bounded number of them). Release comes from this
-worker. A local lease has no sender and nothing to land: it is granted in state COMMITTED.
+A frame that is let in may still be refused before it is written: over the prefix that the lease holds, or of a worse
+fidelity than it was granted for. Frame, commit, renew and abort come from the sender and carry attempt and both
+epochs; any that differ are refused and counted. The first frame or commit binds the lease to the sender's epoch, if
+the grant did not. Cancel comes from the router, names request and attempt, and is accepted in every state: before its
+grant it leaves a tombstone (a bounded number of them). Release comes from this worker. A local lease has no sender
+and nothing to land: it is granted in state COMMITTED.
 
-A lease expires at its deadline or a TTL after the last frame or renewal; this is also checked
-whenever a message names it. A committed lease does not expire: the request's deadline is then the
-decode service's to keep (`overdue`).
+Of a fetch, the asker is the granter: frames come from the answerer, the rest from the asker itself.
+A lease expires at its deadline or a TTL after the last frame or renewal; this is also checked whenever a message names
+it. A committed lease does not expire: the request's deadline is then the decode service's to keep (`overdue`).
 
 Memory of a lease that is over may be given back once no frame is being written into it; each such
 lease comes out of `drain_reclaimable` exactly once. A bounded number of leases that are over is
@@ -109,9 +110,11 @@ class LeaseTable:
         remaining_s: float,
         peer_epoch: int | None = None,
         local: bool = False,
+        fidelity: int = 0,
     ) -> Grant | Refused:
         """Opens a lease, or says why not. The caller then reserves memory under the lease's id, and
-        releases the lease where there is none. `remaining_s`: of the request's deadline.
+        releases the lease where there is none. `remaining_s`: of the request's deadline. `fidelity`: the
+        worst rank that may land in it (0 exact, 1 near, 2 compact).
         Raises ValueError for times that are not finite: such a lease would never end.
         """
         if not (math.isfinite(ttl_s) and math.isfinite(remaining_s)):
@@ -135,6 +138,7 @@ class LeaseTable:
             renewed_at=now,
             deadline=now + remaining_s,
             state=LeaseState.COMMITTED if local else LeaseState.GRANTED,
+            fidelity=fidelity,
         )
         self._leases[lease.lease_id] = lease
         self._current[request] = lease.lease_id
@@ -186,14 +190,18 @@ class LeaseTable:
         lease.landing.add(number)
         lease.state = LeaseState.FILLING
         lease.renewed_at = self._clock()
-        return Landing(lease.lease_id, number, lease.start_token)
+        return Landing(lease.lease_id, number, lease.start_token, lease.fidelity)
 
-    def end_landing(self, landing: Landing, record: FrameRecord, piece: Piece, *, landed: bool) -> LeaseState:
-        """Closes what `begin_landing` opened; `landed` is False when the frame was not written whole."""
+    def end_landing(
+        self, landing: Landing, record: FrameRecord, piece: Piece, *, landed: bool, fidelity: int = 0
+    ) -> LeaseState:
+        """Closes what `begin_landing` opened; `landed` is False when the frame was not written whole. `fidelity`:
+        the rank of what was written."""
         lease = self._leases[landing.lease_id]
         lease.landing.remove(landing.number)
         if landed and lease.state.is_open:
             lease.landed[landing.number] = (record, piece)
+            lease.landed_fidelity = max(lease.landed_fidelity, fidelity)
         self._note_reclaimable(lease)
         self.version += 1
         return lease.state
@@ -214,7 +222,8 @@ class LeaseTable:
         missing = tuple(sorted(number for number in manifest if number not in lease.landed))
         if missing or lease.landing:
             return Waiting(lease.state, missing, lease.expires_at)
-        return Ready(lease.lease_id, lease.start_token, tuple(piece for _, piece in lease.landed.values()))
+        pieces = tuple(piece for _, piece in lease.landed.values())
+        return Ready(lease.lease_id, lease.start_token, pieces, lease.landed_fidelity)
 
     def commit(self, lease_id: bytes) -> Outcome:
         """Hands an open lease over to the decode service; otherwise gives the outcome that came first.

@@ -10,11 +10,15 @@ from kvtransfer.layouts import CacheLayout, Piece, pieces_for
 
 
 class PushProgress:
-    """Positions from `start_token` on, as they become ready. Pieces hold at most about `frame_bytes`."""
+    """Positions from `start_token` on, as they become ready. Pieces hold at most about `frame_bytes`, and cross no
+    multiple of `align_tokens` where that is given."""
 
-    def __init__(self, layout: CacheLayout, start_token: int, frame_bytes: int) -> None:
+    def __init__(
+        self, layout: CacheLayout, start_token: int, frame_bytes: int, align_tokens: int | None = None
+    ) -> None:
         self._layout = layout
         self._frame_bytes = frame_bytes
+        self._align_tokens = align_tokens
         self._ready = start_token  # positions below are computed in every layer
         self._cut = start_token  # and positions below this are cut in every layer
         self._part = (start_token, 0)  # (end, n): positions up to `end` are computed in the first n layers
@@ -69,4 +73,4 @@ class PushProgress:
         return self._pieces(range(self._cut, end), range(first, num_layers))
 
     def _pieces(self, tokens: range, layers: range | None = None) -> list[Piece]:
-        return pieces_for(self._layout, tokens, self._frame_bytes, layers)
+        return pieces_for(self._layout, tokens, self._frame_bytes, layers, self._align_tokens)

@@ -1,7 +1,8 @@
 """What a fetch asks for, and what whoever answers it must offer: a worker's cache, a host tier, a disk.
 
-Pure types. The blocks asked for are named by their keys, which nobody can guess who does not hold the
-tenant's secret (keys.py), so that a key is also the permission to read what it names.
+Pure types; fetch_messages.py puts them on the wire. The blocks asked for are named by their keys, which nobody
+can guess who does not hold the tenant's secret (keys.py), so that a key is also the permission to read what it
+names.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class FetchRequest:
 
     `lease`: the asker's own lease, which the frames name; its receiver epoch is the asker's, its sender epoch
     the answerer's. `layout`: identity of the asker's layout; `block_tokens`: its key block. `dtypes`: by plane
-    and field, what the asker stores. `fidelity`: the worst class that it takes (Fidelity's value); `codecs`: the
-    (name, version) pairs that it decodes.
+    and field, what the asker stores. `fidelity`: the worst rank that it takes (0 exact, 1 near, 2 compact), with
+    what codecs and conversions lose; `codecs`: the (name, version) pairs that it decodes.
     """
 
     lease: LeaseRef
@@ -36,13 +37,21 @@ class FetchRequest:
     block_tokens: int
     layout: str
     dtypes: tuple[tuple[str, ...], ...]
-    fidelity: str
+    fidelity: int
     codecs: tuple[tuple[str, int], ...]
+
+    @property
+    def start_token(self) -> int:
+        """The first position asked for, in the asker's sequence."""
+        return self.first_block * self.block_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPiece:
-    """A piece ready to travel. `fidelity`: worst class of its content before the codec, as a rank (0 exact)."""
+    """A piece ready to travel. `piece`: at its place in the asker's sequence, within one key block; of a paged
+    plane. `dtypes`: of the plane's fields before the codec. `fidelity`: worst class of the content before the
+    codec, as a rank (0 exact). `raw_bytes`: canonical bytes of the piece in `dtypes`.
+    """
 
     piece: Piece
     dtypes: tuple[str, ...]
@@ -54,7 +63,8 @@ class EncodedPiece:
 
 
 class SourceRefused(Exception):
-    """The blocks cannot be served. `cause` is UPPER_SNAKE: NO_BLOCKS, LAYOUT_MISMATCH, DTYPE_MISMATCH, BUSY, …"""
+    """The blocks cannot be served. `cause` is UPPER_SNAKE: NO_BLOCKS, LAYOUT_MISMATCH, DTYPE_MISMATCH,
+    FIDELITY_EXCEEDED, NO_COMMON_CODEC, BUSY, READ_FAILED, …"""
 
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(f"{cause}: {message}")
@@ -63,14 +73,29 @@ class SourceRefused(Exception):
 
 
 class OpenBlocks(Protocol):
-    """Blocks held for one fetch: they stay until `close`."""
+    """Blocks held for one fetch: they stay until `close`. One thread at a time calls, not always the same; only
+    `note_landed` may be called while another call runs."""
 
     @property
     def num_blocks(self) -> int:
         """How many leading keys of the request are served; at least 1."""
 
     def pieces(self) -> Iterator[EncodedPiece]:
-        """All of them, block after block; each is read and encoded when it is asked for."""
+        """All of them, block after block; each is read and encoded when it is asked for. Called once.
+
+        Together they tile the served blocks exactly: every paged plane, all layers and heads. A piece may
+        raise SourceRefused where its bytes turn out to be gone or damaged: the fetch ends with that cause.
+        """
+
+    def piece(self, number: int) -> EncodedPiece:
+        """The piece that `pieces` gave as its `number`-th, from 0, once more: it was damaged on its way.
+
+        Must be the same bytes, codec and dtypes. What was read need not be kept for this. Raises SourceRefused.
+        """
+
+    def note_landed(self, number: int, in_flight_s: float, landing_s: float) -> None:
+        """Piece `number` is in the asker's cache (CodecChooser.note_landed says what the times are). Nothing
+        where no codec is chosen here."""
 
     def close(self) -> None:
         """Nothing is read any more. Idempotent."""

@@ -10,22 +10,24 @@ import grpc
 
 from engine.request import Drawn, SamplingParams
 from headrace.v1 import kvtransfer_pb2, worker_pb2
-from kvtransfer.codecs import Codec, Fidelity, newest_codec
+from kvtransfer.codecs import Fidelity
 from kvtransfer.frames import LeaseRef
+from kvtransfer.layouts import DTYPE_BYTES, CacheLayout, convertible
 from kvtransfer.transports.grpc_push import PushSession
+from kvtransfer.transports.push_books import PushOptions
 from kvtransfer.transports.seam import HANDOFF_MAJOR, Pusher, PushStats
 from worker.auth import cluster_metadata
 from worker.facts import identity_digest
 from worker.link import RouterLink
+from worker.prefixes import Brought, PrefixFetch
 from worker.service import WorkerContext
 from worker.wire import first_tokens_to_wire, sampling_params
-
-LOSSLESS_CODEC = "raw"
 
 
 class Phase(StrEnum):
     """Where a prompt is."""
 
+    FETCHING = "fetching"
     WAITING = "waiting"
     COMPUTING = "computing"
     HANDING_OVER = "handing over"
@@ -33,18 +35,21 @@ class Phase(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """`message` is what the router asked for, `lease_id` the local lease. Times are of the loop's clock."""
+    """`message` is what the router asked for, `lease_id` the local lease, `bound` the worst fidelity rank that it
+    takes. Times are of the loop's clock."""
 
     message: worker_pb2.StartPrefill
     link: RouterLink
     lease_id: bytes
     deadline: float
-    codec: Codec
+    bound: int
     push: Pusher
     sampling: SamplingParams = field(init=False)
     token_ids: Sequence[int] = field(init=False)
     generation: int = field(init=False)
     phase: Phase = Phase.WAITING
+    fetch: PrefixFetch | None = None
+    brought: Brought = field(default_factory=Brought)
     cached_tokens: int = 0
     began: float | None = None
     """When the first chunk began."""
@@ -78,29 +83,43 @@ def peer_of(message: worker_pb2.StartPrefill) -> tuple[str, int]:
     return message.lease.kv_address, message.lease.decode_epoch
 
 
-def choose_codec(name: str, *bounds: str) -> Codec:
-    """The codec `name`, or the lossless one where a fidelity bound forbids it; "auto" is lossless for now.
+class CannotConvert(ValueError):
+    """The two workers store KV in dtypes that the request's fidelity does not let into each other."""
 
-    Raises UnknownCodec, or ValueError for a bound that is no fidelity class.
+
+def wire_layout(layout: CacheLayout, kv_dtypes: Sequence[str], bound: int) -> CacheLayout:
+    """The layout in the dtypes that travel: field by field the narrower of ours and the receiver's `kv_dtypes`.
+
+    An empty `kv_dtypes` says nothing of the receiver. Raises CannotConvert.
     """
-    codec = newest_codec(LOSSLESS_CODEC if name == "auto" else name)
-    if all(Fidelity(bound).allows(codec.fidelity) for bound in bounds if bound):
-        return codec
-    return newest_codec(LOSSLESS_CODEC)
+    if not kv_dtypes:
+        return layout
+    ours = [field.dtype for plane in layout.planes for field in plane.fields]
+    if len(ours) != len(kv_dtypes) or not all(map(convertible, ours, kv_dtypes)):
+        raise CannotConvert(f"KV is {', '.join(ours)} here and {', '.join(kv_dtypes)} there")
+    if ours != list(kv_dtypes) and bound < Fidelity.NEAR.rank:
+        raise CannotConvert(
+            f"KV is {', '.join(ours)} here and {', '.join(kv_dtypes)} there, which takes fidelity near; give both "
+            "sections of workers one kv_dtype"
+        )
+    narrower = iter(min(pair, key=DTYPE_BYTES.__getitem__) for pair in zip(ours, kv_dtypes, strict=True))
+    return layout.with_dtypes([[next(narrower) for _ in plane.fields] for plane in layout.planes])
 
 
 def open_push(
     message: worker_pb2.StartPrefill,
     lease_id: bytes,
-    codec: Codec,
+    bound: int,
     context: WorkerContext,
     channel: grpc.Channel,
 ) -> Pusher:
     """Begin to push into the decode worker's lease, behind the prefix that it holds.
 
-    The push keeps that lease alive from now on, also while the prompt waits for room here.
+    The push keeps that lease alive from now on, also while the prompt waits for room here. Raises CannotConvert.
     """
-    lease = message.lease
+    lease, kv, layout = message.lease, context.kv, context.engine.layout
+    wire = wire_layout(layout, lease.kv_dtypes, bound)
+    missing_tokens = len(message.task.prompt_token_ids) - lease.cached_tokens
     return PushSession(
         channel=channel,
         lease=LeaseRef(
@@ -112,22 +131,33 @@ def open_push(
         ttl_s=lease.ttl_s,
         remaining_s=message.remaining_s,
         cache=context.engine.cache,
-        layout=context.engine.layout,
-        codec=codec,
+        layout=layout,
+        wire=wire,
+        chooser=kv.choosers.chooser_for(
+            context.config.codec,
+            (list(Fidelity)[bound],),
+            peer=peer_of(message),
+            layout=wire,
+            total_bytes=wire.num_bytes(missing_tokens),
+        ),
         owner=lease_id,
         start_token=lease.cached_tokens,
-        metadata=cluster_metadata(context.config.cluster_secret),
+        metadata=(*cluster_metadata(context.config.cluster_secret), *kv.sending_carriers.metadata()),
+        open_writer=kv.sending_carriers.open_writer,
+        options=PushOptions(frame_bytes=kv.sending_carriers.frame_bytes(lease.kv_address)),
         clock=context.clock,
     )
 
 
 def handoff_record(prompt: Prompt, context: WorkerContext, first: Sequence[Drawn]) -> kvtransfer_pb2.Handoff:
     """What the decode worker must know to go on exactly here."""
+    stats = prompt.push.stats()
     return kvtransfer_pb2.Handoff(
         key=prompt.key,
         num_tokens=len(prompt.token_ids),
         first_tokens=first_tokens_to_wire(first),
-        codec=prompt.codec.name,
+        codec=main_codec(stats),
+        codec_reason=stats.reason,
         handoff_major=HANDOFF_MAJOR,
         layout=context.engine.layout.identity(),
         penalty_boundary=len(prompt.token_ids),
@@ -150,5 +180,15 @@ def prefill_finished(prompt: Prompt, stats: PushStats, now: float) -> worker_pb2
             kv_bytes=stats.kv_bytes,
             wire_bytes=stats.wire_bytes,
             frame_s=stats.frame_s,
+            fetched_tokens=min(prompt.brought.num_tokens, prompt.cached_tokens),
+            fetched_from=prompt.brought.source,
+            fetch_s=prompt.brought.fetch_s,
+            codec=main_codec(stats),
+            codec_reason=stats.reason,
         )
     )
+
+
+def main_codec(stats: PushStats) -> str:
+    """The codec that most bytes travelled in; empty where none did."""
+    return max(stats.codecs, key=lambda name: stats.codecs[name], default="")

@@ -1,7 +1,7 @@
 """The prefill service of a worker: prompts in, their KV pushed while it is computed, then handed over.
 
-    waiting ── room ──▶ computing ── first tokens ──▶ handing over ── acknowledged ──▶ gone
-       └──────────────────────┴── cancel, deadline, failure: push aborted ──▶ gone
+    fetching ── done ──▶ waiting ── room ──▶ computing ── first tokens ──▶ handing over ── acknowledged ──▶ gone
+       └──────────────────────┴────────────┴── cancel, deadline, failure: push aborted ──▶ gone
 
 A prompt has two leases: one here, for the blocks it is computed in, and the one of the decode worker that
 it is pushed into. The blocks here outlive the lease until nothing reads them (LeaseKeeper.hold). All of it
@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from engine.events import ChunkDone, PrefillDone, SequenceFailed, StepResult
 from headrace.v1 import worker_pb2
+from kvtransfer.choosers import strictest
 from kvtransfer.lease_types import Refusal, RequestId
 from kvtransfer.transports.seam import CommitOutcome, TransferCause, TransferError
 from prefill.channels import PeerChannels
 from prefill.prompt import (
+    CannotConvert,
     Phase,
     Prompt,
-    choose_codec,
     handoff_record,
     open_push,
     peer_of,
@@ -31,6 +32,8 @@ from prefill.prompt import (
 )
 from worker.leasing import DEADLINE_EXCEEDED, LOST_CAUSES, NotReserved
 from worker.link import RouterLink
+from worker.prefix_sources import Holder, Wanted
+from worker.prefixes import Brought
 from worker.service import WorkerContext
 from worker.wire import MalformedTask, check_task, failure
 
@@ -57,7 +60,6 @@ class PrefillService:
         self._closing: set[bytes] = set()
         self._outcomes: OrderedDict[tuple[RequestId, int], worker_pb2.WorkerMessage] = OrderedDict()
         self._channels = PeerChannels()
-        choose_codec(context.config.codec, context.config.fidelity)  # refused at start rather than later
         # Apart, so that no abort waits behind a commit that it would end.
         self._commits = ThreadPoolExecutor(MAX_HANDOVERS, thread_name_prefix="commit")
         self._aborts = ThreadPoolExecutor(MAX_HANDOVERS, thread_name_prefix="abort")
@@ -99,19 +101,26 @@ class PrefillService:
             link.send(failure(message.key, "prefill", granted.cause, granted.message))
             return
         prompt = self._open(link, message, granted)
+        if prompt is None:
+            return
         self._prompts[_request_id(message.key)] = prompt
         self._by_lease[granted] = prompt
-        self._admit(prompt)
+        self._bring_prefix(prompt)
         self._context.changed()
 
-    def _open(self, link: RouterLink, message: worker_pb2.StartPrefill, lease_id: bytes) -> Prompt:
-        config = self._context.config
-        codec = choose_codec(config.codec, config.fidelity, message.task.fidelity)
+    def _open(self, link: RouterLink, message: worker_pb2.StartPrefill, lease_id: bytes) -> Prompt | None:
+        bound = strictest((self._context.config.fidelity, message.task.fidelity)).rank
         deadline = self._context.clock() + message.remaining_s
         channel = self._channels.acquire(*peer_of(message))
+        try:
+            push = open_push(message, lease_id, bound, self._context, channel)
+        except CannotConvert as error:
+            self._channels.release(*peer_of(message))
+            self._leases.release(lease_id, "DTYPE_MISMATCH")
+            link.send(failure(message.key, "prefill", "DTYPE_MISMATCH", str(error)))
+            return None
         self._leases.hold(lease_id)
-        push = open_push(message, lease_id, codec, self._context, channel)
-        return Prompt(message, link, lease_id, deadline, codec, push)
+        return Prompt(message, link, lease_id, deadline, bound, push)
 
     def _refusal(self, message: worker_pb2.StartPrefill) -> worker_pb2.WorkerMessage | None:
         if not self._context.accepts_new():
@@ -151,6 +160,38 @@ class PrefillService:
             if prompt.link is link and prompt.generation < before_generation:
                 self._end(prompt, cause)
 
+    # --- the prefix that others have -----------------------------------------------------------
+
+    def _bring_prefix(self, prompt: Prompt) -> None:
+        """Fetch cached blocks that are worth it, then compute."""
+        peers = [(*prompt.peer, prompt.message.lease.cached_tokens)]
+        peers += [(each.kv_address, each.epoch, each.cached_tokens) for each in prompt.message.sources]
+        holders = [
+            Holder(address, epoch, cached_tokens, self._channels.acquire(address, epoch))
+            for address, epoch, cached_tokens in peers
+            if cached_tokens
+        ]
+        root_key = self._context.root_key(prompt.key.tenant)
+        wanted = Wanted(
+            tenant=prompt.key.tenant,
+            keys=self._engine.prefix_keys(root_key, prompt.token_ids),
+            bound=prompt.bound,
+            deadline=prompt.deadline,
+            holders=holders,
+        )
+        prompt.phase = Phase.FETCHING
+        prompt.fetch = self._context.prefixes.bring(
+            wanted, lambda brought: self._fetched(prompt, holders, brought)
+        )
+        if prompt.fetch is None:
+            self._fetched(prompt, holders, Brought())
+
+    def _fetched(self, prompt: Prompt, holders: Sequence[Holder], brought: Brought) -> None:
+        for holder in holders:
+            self._channels.release(holder.address, holder.epoch)
+        prompt.fetch, prompt.brought, prompt.phase = None, brought, Phase.WAITING
+        self._admit(prompt)
+
     # --- computing -----------------------------------------------------------------------------
 
     def _admit(self, prompt: Prompt) -> None:
@@ -159,12 +200,13 @@ class PrefillService:
             return
         root_key = self._context.root_key(prompt.key.tenant)
         # One choice, whatever n is: the others begin on the decode worker.
-        cached_tokens = self._leases.reserve(prompt.lease_id, prompt.token_ids, 1, root_key)
+        cached_tokens = self._leases.reserve(prompt.lease_id, prompt.token_ids, 1, root_key, prompt.bound)
         if cached_tokens is None:
             self._context.loop.call_later(RETRY_ROOM_S, self._admit, prompt)
             return
         prompt.phase = Phase.COMPUTING
         prompt.cached_tokens = cached_tokens
+        prompt.push.declare_fidelity(self._engine.fidelity_of(prompt.lease_id))
         prompt.push.advance(cached_tokens)
         self._engine.submit(prompt.lease_id, prompt.token_ids, prompt.sampling, prefill_only=True)
         self._context.wake_engine()
@@ -253,6 +295,8 @@ class PrefillService:
 
     def _end(self, prompt: Prompt, cause: str) -> None:
         """Stop computing at the next chunk, and abort the push; the router hears nothing of it here."""
+        if prompt.fetch is not None:
+            prompt.fetch.cancel()
         self._forget(prompt)
         self._leases.release(prompt.lease_id, cause)
         self._closing.add(prompt.lease_id)
@@ -273,6 +317,7 @@ class PrefillService:
         """Abort every prompt: the worker stops."""
         for prompt in list(self._prompts.values()):
             self._fail(prompt, "prefill", "WORKER_STOPPED", "the worker was stopped", retryable=True)
+        await self._context.prefixes.close()
         for threads in (self._aborts, self._commits):
             await self._context.loop.run_in_executor(None, threads.shutdown)
         self._channels.close()

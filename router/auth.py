@@ -5,10 +5,11 @@ import hmac
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, cluster_token
 from router.core.failures import Code, Failure, Rejection, Stage
 
 DEFAULT_TENANT = "default"
-CLUSTER_TOKEN_KEY = "headrace-cluster"
+CLUSTER_TOKEN_KEY = CLUSTER_METADATA_KEY
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -63,11 +64,6 @@ class ClusterToken:
             raise unauthenticated(
                 "BAD_CLUSTER_TOKEN", f"the call needs the cluster's token in metadata `{CLUSTER_TOKEN_KEY}`"
             )
-
-
-def cluster_token(cluster_secret: bytes) -> str:
-    """The token as it travels: lower-case hex of HMAC-SHA256(secret, "cluster-token")."""
-    return hmac.new(cluster_secret, b"cluster-token", hashlib.sha256).hexdigest()
 
 
 def unauthenticated(cause: str, message: str) -> Rejection:

@@ -147,13 +147,19 @@ def request_key(request_id: str, attempt: int = 1, tenant: str = "default") -> w
 
 
 def task(
-    prompt: Sequence[int], *, eos: Sequence[int] = (), max_tokens: int = 16, seed: int = 0, **sampling: object
+    prompt: Sequence[int],
+    *,
+    eos: Sequence[int] = (),
+    max_tokens: int = 16,
+    seed: int = 0,
+    fidelity: str = "exact",
+    **sampling: object,
 ) -> worker_pb2.GenerationTask:
     """A task as the router sends it, defaults filled in; greedy unless a temperature is given."""
     sampling.setdefault("temperature", 0.0)
     params = inference_pb2.SamplingParams(max_tokens=max_tokens, seed=seed, **{"n": 1, **sampling})
     return worker_pb2.GenerationTask(
-        prompt_token_ids=prompt, sampling=params, eos_token_ids=eos, fidelity="exact"
+        prompt_token_ids=prompt, sampling=params, eos_token_ids=eos, fidelity=fidelity
     )
 
 
@@ -163,12 +169,16 @@ def hand_over(
     key: worker_pb2.RequestKey,
     work: worker_pb2.GenerationTask,
     remaining_s: float = 60.0,
+    sources: Sequence[worker_pb2.CacheSource] = (),
 ) -> worker_pb2.Reserved:
-    """Reserve on one worker, then start the prefill on the other; does not wait for more."""
+    """Reserve on one worker, then start the prefill on the other; does not wait for more. `sources`: of cached
+    blocks, beside the decode worker."""
     decode.send(reserve=worker_pb2.Reserve(key=key, task=work, remaining_s=remaining_s))
     lease = decode.reserved(key)
     prefill.send(
-        start_prefill=worker_pb2.StartPrefill(key=key, task=work, remaining_s=remaining_s, lease=lease)
+        start_prefill=worker_pb2.StartPrefill(
+            key=key, task=work, remaining_s=remaining_s, lease=lease, sources=sources
+        )
     )
     return lease
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cluster.services import services_of
 from engine.engine import Engine
 from engine.events import StepResult
+from kvtransfer.load_speeds import LoadSpeeds
 from tests.scripted_router import SessionClient
 from worker.config import WorkerConfig, WorkerRole
 from worker.node import WorkerNode
@@ -58,6 +60,14 @@ def session(node: WorkerNode, router_id: str = "router", epoch: int = 1) -> Iter
         client.close()
 
 
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Until `condition` holds; fails when it never does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.01)
+
+
 def assert_nothing_held(*nodes: WorkerNode) -> None:
     """Each worker comes to 0 leases, 0 pins and 0 private blocks, and its pool is sound."""
     deadline = time.monotonic() + PATIENCE_S
@@ -78,6 +88,23 @@ def _held(node: WorkerNode) -> dict[str, int]:
         "engine leases": node.engine.num_leases,
     }
     return {name: count for name, count in counts.items() if count}
+
+
+def expect_loading_to_win(node: WorkerNode, *sources: str) -> None:
+    """As if computing had been slow so far, and loading from these sources fast. A tiny model computes faster than
+    anything is loaded, so that what was really measured would decide otherwise."""
+    node.kv.speeds = LoadSpeeds(node.kv.clock)
+    node.kv.speeds.note_prefill(1, 1e3)
+    for source in sources:
+        node.kv.speeds.note_load(source, 2 << 20, 1e-3)
+
+
+def expect_computing_to_win(node: WorkerNode, *sources: str) -> None:
+    """The other way round."""
+    node.kv.speeds = LoadSpeeds(node.kv.clock)
+    node.kv.speeds.note_prefill(1, 1e-6)
+    for source in sources:
+        node.kv.speeds.note_load(source, 2 << 20, 1e3)
 
 
 def random_prompt(seed: int, num_tokens: int) -> Sequence[int]:
@@ -117,20 +144,35 @@ class StepGate:
         return self._engine_step()
 
 
-class ScatterGate:
+class _CacheGate:
+    """Holds back one kind of access to a worker's cache."""
+
+    def __init__(self, access: Callable[..., Any]) -> None:
+        self._access = access
+        self._opened = threading.Event()
+        self.reached = threading.Event()
+
+    def open(self) -> None:
+        """Let everything pass."""
+        self._opened.set()
+
+    def _held(self, *arguments: object) -> Any:
+        self.reached.set()
+        assert self._opened.wait(PATIENCE_S)
+        return self._access(*arguments)
+
+
+class ScatterGate(_CacheGate):
     """Holds back KV that arrives at a worker, just before it is written."""
 
     def __init__(self, engine: Engine) -> None:
-        self._scatter = engine.cache.scatter
-        self._opened = threading.Event()
-        self.reached = threading.Event()
-        engine.cache.scatter = self._held_scatter  # type: ignore[method-assign]
+        super().__init__(engine.cache.scatter)
+        engine.cache.scatter = self._held  # type: ignore[method-assign]
 
-    def open(self) -> None:
-        """Let everything land."""
-        self._opened.set()
 
-    def _held_scatter(self, *arguments: object) -> None:
-        self.reached.set()
-        assert self._opened.wait(PATIENCE_S)
-        self._scatter(*arguments)
+class GatherGate(_CacheGate):
+    """Holds back KV that leaves a worker, just before it is read."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.cache.gather)
+        engine.cache.gather = self._held  # type: ignore[method-assign]

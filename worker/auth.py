@@ -1,98 +1,14 @@
-"""Who may speak to a worker: holders of the cluster secret.
-
-Every call carries the metadata `headrace-cluster`, an HMAC of the secret that does not reveal it. Health
-checks and reflection are open: a supervisor has no secret, and reflection listens on loopback only.
-"""
+"""Who may speak to a worker: holders of the cluster secret. As for a store: kvtransfer/transports/auth.py."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Awaitable, Callable
-from typing import Any
+from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, cluster_metadata, cluster_token
+from kvtransfer.transports.auth import AsyncClusterTokenInterceptor, ClusterTokenInterceptor
 
-import grpc
-
-CLUSTER_METADATA_KEY = "headrace-cluster"
-_OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
-_REFUSAL = "this call needs the cluster's secret: metadata 'headrace-cluster' is missing or wrong"
-
-
-def cluster_token(cluster_secret: bytes) -> str:
-    """The metadata value that proves knowledge of `cluster_secret`: lower-case hex."""
-    return hmac.new(cluster_secret, b"cluster-token", hashlib.sha256).hexdigest()
-
-
-def cluster_metadata(cluster_secret: bytes) -> tuple[tuple[str, str], ...]:
-    """What a client passes as `metadata`."""
-    return ((CLUSTER_METADATA_KEY, cluster_token(cluster_secret)),)
-
-
-class _TokenCheck:
-    def __init__(self, cluster_secret: bytes) -> None:
-        self._token = cluster_token(cluster_secret).encode()
-
-    def admits(self, details: grpc.HandlerCallDetails) -> bool:
-        if details.method.startswith(_OPEN_SERVICES):
-            return True
-        given = dict(details.invocation_metadata or ()).get(CLUSTER_METADATA_KEY, "")
-        given_bytes = given if isinstance(given, bytes) else given.encode()
-        return hmac.compare_digest(given_bytes, self._token)
-
-
-class ClusterTokenInterceptor(grpc.ServerInterceptor):
-    """Refuses calls without the cluster's token with UNAUTHENTICATED, on a threaded server."""
-
-    def __init__(self, cluster_secret: bytes) -> None:
-        self._check = _TokenCheck(cluster_secret)
-
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Pass the call on, or answer it with a refusal."""
-        handler = continuation(handler_call_details)
-        if handler is None or self._check.admits(handler_call_details):
-            return handler
-
-        def refuse(_request: Any, context: grpc.ServicerContext) -> Any:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, _REFUSAL)
-
-        return _same_shape(handler, refuse)
-
-
-class AsyncClusterTokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without the cluster's token with UNAUTHENTICATED, on an asyncio server."""
-
-    def __init__(self, cluster_secret: bytes) -> None:
-        self._check = _TokenCheck(cluster_secret)
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Pass the call on, or answer it with a refusal."""
-        handler = await continuation(handler_call_details)
-        if handler is None or self._check.admits(handler_call_details):
-            return handler
-
-        async def refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, _REFUSAL)
-
-        return _same_shape(handler, refuse)
-
-
-def _same_shape(handler: grpc.RpcMethodHandler[Any, Any], behavior: Any) -> grpc.RpcMethodHandler[Any, Any]:
-    """`behavior` as a handler of the same cardinality, which gRPC looks at before it calls."""
-    make: Any = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    shaped: grpc.RpcMethodHandler[Any, Any] = make(
-        behavior, handler.request_deserializer, handler.response_serializer
-    )
-    return shaped
+__all__ = [
+    "CLUSTER_METADATA_KEY",
+    "AsyncClusterTokenInterceptor",
+    "ClusterTokenInterceptor",
+    "cluster_metadata",
+    "cluster_token",
+]

@@ -60,11 +60,20 @@ class WorkerConfig:
     port: int = 0
     kv_port: int = 0
     fidelity: str = "exact"
-    codec: str = "raw"
+    """The worst class of KV that a request may get, and codecs may make."""
+    codec: str = "auto"
+    """How KV travels: "auto", or a codec's name."""
+    store_address: str = ""
+    """Of this node's KV store, as gRPC takes it; empty without cache tiers."""
+    tenant_share: float = 1.0
+    """The part of the cached blocks here that one tenant may hold while others have none to lose."""
     lease_ttl_s: float = 10.0
     """A lease expires this long after its last push or renewal."""
     resume_grace_s: float = 10.0
     """Requests of a router whose stream broke are cancelled unless resumed within this time."""
+    dead_after_s: float = 30.0
+    """Without any router, or frozen, for longer than this, the worker fences itself: it drops what it holds and
+    goes on as a new incarnation. Longer than `resume_grace_s`."""
     max_prompts: int = 2
     """Prompts that a prefill worker computes or holds ready: the running one and one more."""
     prompt_window_tokens: int = 4096
@@ -80,6 +89,7 @@ class WorkerConfig:
             "kv_bytes": self.kv_bytes,
             "lease_ttl_s": self.lease_ttl_s,
             "resume_grace_s": self.resume_grace_s,
+            "dead_after_s": self.dead_after_s,
             "max_prompts": self.max_prompts,
             "prompt_window_tokens": self.prompt_window_tokens,
             "report_interval_s": self.report_interval_s,
@@ -87,6 +97,11 @@ class WorkerConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"WorkerConfig.{name} must be above 0, not {value}")
+        if self.dead_after_s <= self.resume_grace_s:
+            raise ValueError(
+                f"WorkerConfig.dead_after_s ({self.dead_after_s:g}) must be longer than resume_grace_s "
+                f"({self.resume_grace_s:g})"
+            )
         if not self.worker_id:
             raise ValueError("WorkerConfig.worker_id must not be empty")
         if len(self.cluster_secret) < MIN_CLUSTER_SECRET_BYTES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,12 +21,19 @@ class IdleCheck:
     """
 
     def __init__(
-        self, engine: Engine, keepers: Sequence[LeaseKeeper], services: Sequence[RoleService]
+        self,
+        engine: Engine,
+        keepers: Sequence[LeaseKeeper],
+        services: Sequence[RoleService],
+        is_moving: Callable[[], bool],
     ) -> None:
+        """`is_moving()`: whether blocks are held for KV that comes or goes beside requests: served to another worker,
+        written to the store, fetched for a request that has ended. Called under the engine's lock."""
         self.num_violations = 0
         self._engine = engine
         self._keepers = keepers
         self._services = services
+        self._is_moving = is_moving
         self._found_before = False
 
     def run(self) -> None:
@@ -40,7 +47,9 @@ class IdleCheck:
     def _look(self) -> str:
         if any(service.num_requests for service in self._services):
             return ""
-        with self._engine.lock:
+        with self._engine.lock:  # such blocks are taken and given back under it
+            if self._is_moving():
+                return ""
             pool = self._engine.pool.stats()
             counts = {
                 "leases": sum(keeper.num_live for keeper in self._keepers),

@@ -1,4 +1,4 @@
-"""The receiving end of KV transfers, on the leases and the cache of one worker."""
+"""What all KV transfers of one worker share, and the port where other workers push and fetch."""
 
 from __future__ import annotations
 
@@ -8,35 +8,99 @@ from collections.abc import Callable
 import grpc
 
 from engine.engine import Engine
+from kvtransfer.busy import BusyCores
+from kvtransfer.cache_sink import CacheSink
+from kvtransfer.cache_source import CacheBlockSource
+from kvtransfer.choice import CodecChooser
+from kvtransfer.choosers import CodecChoosers
+from kvtransfer.codec_speed import SpeedBook
+from kvtransfer.codecs import Fidelity
+from kvtransfer.credit import DEFAULT_LANDING_BYTES, CreditBook
+from kvtransfer.frames import max_frame_bytes
 from kvtransfer.landing import FrameLander
+from kvtransfer.load_speeds import LoadSpeeds
+from kvtransfer.sources import FetchRequest, SourceRefused
+from kvtransfer.tiers.client import StoreClient
+from kvtransfer.transports.carriers import CARRIED_FRAME_BYTES
+from kvtransfer.transports.choose_carrier import CarrierHost, CarrierOptions, SenderCarriers
 from kvtransfer.transports.grpc_channel import make_bulk_server
+from kvtransfer.transports.grpc_fetch import FetchTarget
 from kvtransfer.transports.grpc_receive import BulkReceiver, KvTransferService, add_kv_services
+from kvtransfer.transports.grpc_serve import FetchServer
 from worker.auth import ClusterTokenInterceptor
+from worker.config import WorkerConfig
 from worker.leasing import LeaseKeeper
 from worker.servers import join_address
 
 
+class KvParts:
+    """One per worker: speeds and links as measured, landing memory, carriers, and the node's store if there is one.
+
+    `pace(num_bytes)`: waits before so much is written into the cache (worker/pacing.py).
+    """
+
+    def __init__(self, engine: Engine, config: WorkerConfig, pace: Callable[[int], None]) -> None:
+        """Measures the codecs, some milliseconds each."""
+        self.engine = engine
+        self.config = config
+        self.clock = time.monotonic
+        self.speeds = LoadSpeeds(self.clock)
+        book = SpeedBook(self.clock)
+        busy = BusyCores(config.service_cpus, lambda: book.encode_s, self.clock)
+        self.choosers = CodecChoosers(book, busy, self.clock)
+        self.choosers.check(config.codec, (config.fidelity,))
+        self.choosers.probe(engine.layout)
+        self.sink = CacheSink(engine.cache, engine.layout)
+        self.credits = CreditBook(DEFAULT_LANDING_BYTES, max_frame_bytes(engine.layout, CARRIED_FRAME_BYTES))
+        self.landing_carriers = CarrierHost(CarrierOptions())
+        self.sending_carriers = SenderCarriers()
+        self.store = (
+            StoreClient(config.store_address, config.cluster_secret) if config.store_address else None
+        )
+        self._pace = pace
+
+    def lander(self, leases: LeaseKeeper) -> FrameLander:
+        """Lands frames under one role's leases."""
+        return FrameLander(leases.desk, self.sink, self.engine.layout, self.clock, self._pace)
+
+    def target(self, leases: LeaseKeeper) -> FetchTarget:
+        """Where one role's fetches land."""
+        return FetchTarget(leases.desk, self.lander(leases), self.sink, self.credits, self.engine.layout)
+
+    def close(self) -> None:
+        """Give back what lies outside of this process's memory."""
+        self.landing_carriers.close()
+        if self.store is not None:
+            self.store.close()
+
+
 class KvServer:
-    """KvTransfer and the bulk stream, on a port and threads of their own.
+    """KvTransfer and the bulk streams, on a port and threads of their own: pushes into the leases of `receiving`,
+    fetches from the cache.
 
     Landing a megabyte never waits behind a token there, nor a token behind it (design §5).
     """
 
-    def __init__(
-        self,
-        leases: LeaseKeeper,
-        engine: Engine,
-        host: str,
-        port: int,
-        cluster_secret: bytes,
-        pace: Callable[[int], None],
-    ) -> None:
+    def __init__(self, kv: KvParts, receiving: LeaseKeeper, current_epoch: Callable[[], int]) -> None:
         """Raises RuntimeError where the port cannot be bound."""
-        lander = FrameLander(leases.desk, engine.cache, engine.layout, time.monotonic, pace)
-        service = KvTransferService(leases.desk, engine.cache, engine.layout, leases.commit, time.monotonic)
-        self._server: grpc.Server = make_bulk_server(interceptors=(ClusterTokenInterceptor(cluster_secret),))
-        add_kv_services(self._server, BulkReceiver(lander), service)
-        self.port: int = self._server.add_insecure_port(join_address(host, port))
+        config, layout = kv.config, kv.engine.layout
+        self._kv = kv
+        receiver = BulkReceiver(kv.lander(receiving), kv.credits, kv.landing_carriers.open_slots)
+        service = KvTransferService(receiving.desk, kv.sink, layout, receiving.commit, kv.clock)
+        source = CacheBlockSource(
+            kv.engine.cache, layout, layout.block_tokens, kv.engine.pin, kv.engine.release, self._chooser
+        )
+        self._fetches = FetchServer(source, current_epoch)
+        self._server: grpc.Server = make_bulk_server(
+            interceptors=(ClusterTokenInterceptor(config.cluster_secret),)
+        )
+        add_kv_services(self._server, receiver, service, self._fetches)
+        self.port: int = self._server.add_insecure_port(join_address(config.host, config.kv_port))
+
+    @property
+    def num_fetches(self) -> int:
+        """Fetches of others that keep blocks of this worker pinned."""
+        return self._fetches.num_open
 
     def start(self) -> None:
         """Begin to accept."""
@@ -44,4 +108,19 @@ class KvServer:
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, and cut those that go on after the grace."""
+        self._fetches.close(grace_s)
         self._server.stop(grace_s).wait()
+
+    def _chooser(self, request: FetchRequest) -> CodecChooser:
+        """Askers are known by their epochs; they all come in by this port."""
+        bound = list(Fidelity)[request.fidelity]
+        try:
+            return self._kv.choosers.chooser_for(
+                self._kv.config.codec,
+                (bound,),
+                peer=("", request.lease.receiver_epoch),
+                layout=self._kv.engine.layout,
+                spoken=request.codecs,
+            )
+        except ValueError as error:
+            raise SourceRefused("NO_COMMON_CODEC", str(error)) from error

@@ -26,21 +26,11 @@ LOST_CAUSES = {"TTL": "LEASE_EXPIRED", "DEADLINE": DEADLINE_EXCEEDED}
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
-    """A lease with blocks under it."""
-
-    lease_id: bytes
-    cached_tokens: int
-    ttl_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class NotReserved:
     """Why there is no lease. `cause` is UPPER_SNAKE."""
 
     cause: str
     message: str
-    retryable: bool
 
 
 class LeaseKeeper:
@@ -48,17 +38,19 @@ class LeaseKeeper:
 
     The role sets two hooks, both called under the lock, on any thread. `on_lost(lease_id, cause)`: a lease's
     memory is given back; a role that ended the lease itself has forgotten it by then. `on_commit(lease_id,
-    handoff)`: all that a handoff names has landed; raises HandoffRefused where it does not fit.
+    handoff, fidelity)`: all that a handoff names has landed; raises HandoffRefused where it does not fit. The
+    worker sets a third, called likewise: `on_cached(tenant, keys)`: a lease's blocks stay behind under these keys.
     """
 
     def __init__(self, table: LeaseTable, engine: Engine, ttl_s: float) -> None:
         self.desk = LeaseDesk(table, engine.lock, self._reclaim)
         self.counters = table.counters
         self.on_lost: Callable[[bytes, str], None] = lambda _lease_id, _cause: None
-        self.on_commit: Callable[[bytes, kvtransfer_pb2.Handoff], None] = _refuse_commit
+        self.on_commit: Callable[[bytes, kvtransfer_pb2.Handoff, int], None] = _refuse_commit
+        self.on_cached: Callable[[str, Sequence[bytes]], None] = lambda _tenant, _keys: None
+        self.ttl_s = ttl_s
         self._table = table
         self._engine = engine
-        self._ttl_s = ttl_s
         self._held: set[bytes] = set()
         self._due: set[bytes] = set()
 
@@ -69,47 +61,61 @@ class LeaseKeeper:
             return self._table.num_held + len(self._due)
 
     def grant(
-        self, request: RequestId, attempt: int, remaining_s: float, *, local: bool
-    ) -> bytes | NotReserved:
-        """A lease id without blocks, for `reserve` to follow."""
-        with self.desk.change() as table:
-            granted = table.grant(request, attempt, ttl_s=self._ttl_s, remaining_s=remaining_s, local=local)
-        if isinstance(granted, Refused):
-            return NotReserved(granted.refusal.value, granted.message, retryable=False)
-        return granted.lease_id
-
-    def reserve(
-        self, lease_id: bytes, prompt: Sequence[int], num_choices: int, root_key: bytes
-    ) -> int | None:
-        """Blocks for a granted lease; returns the prompt tokens found cached, or None without room."""
-        with self.desk.change() as table:
-            cached_tokens = self._engine.reserve(lease_id, prompt, num_choices, root_key)
-            if cached_tokens is not None:
-                table.hold_prefix(lease_id, cached_tokens)
-            return cached_tokens
-
-    def open(
         self,
         request: RequestId,
         attempt: int,
         remaining_s: float,
-        prompt: Sequence[int],
-        num_choices: int,
-        root_key: bytes,
         *,
         local: bool,
-    ) -> Reservation | NotReserved:
-        """A lease and its blocks in one step, or neither."""
-        with self._engine.lock:
-            lease_id = self.grant(request, attempt, remaining_s, local=local)
-            if isinstance(lease_id, NotReserved):
-                return lease_id
-            cached_tokens = self.reserve(lease_id, prompt, num_choices, root_key)
-            if cached_tokens is None:
-                self.release(lease_id, NO_CAPACITY)
-                text = f"no room for a prompt of {len(prompt)} tokens and {num_choices} choices now"
-                return NotReserved(NO_CAPACITY, text, retryable=True)
-            return Reservation(lease_id, cached_tokens, self._ttl_s)
+        fidelity: int = 0,
+        peer_epoch: int | None = None,
+    ) -> bytes | NotReserved:
+        """A lease id without blocks, for `reserve` or `open_prefix` to follow. `fidelity`: the worst rank that may
+        land in it; `peer_epoch`: who alone may send into it, where that is known."""
+        with self.desk.change() as table:
+            granted = table.grant(
+                request,
+                attempt,
+                ttl_s=self.ttl_s,
+                remaining_s=remaining_s,
+                peer_epoch=peer_epoch,
+                local=local,
+                fidelity=fidelity,
+            )
+        if isinstance(granted, Refused):
+            return NotReserved(granted.refusal.value, granted.message)
+        return granted.lease_id
+
+    def reserve(
+        self, lease_id: bytes, prompt: Sequence[int], num_choices: int, root_key: bytes, bound: int = 0
+    ) -> int | None:
+        """Blocks for a granted lease; returns the prompt tokens found cached, or None without room.
+
+        None also for a lease that has ended while it waited for room: its blocks would never be given back.
+        """
+        with self.desk.change() as table:
+            lease = table.get(lease_id)
+            if lease is None or lease.state.is_over:
+                return None
+            tenant = lease.request.tenant
+            cached_tokens = self._engine.reserve(
+                lease_id, prompt, num_choices, root_key, bound=bound, tenant=tenant
+            )
+            if cached_tokens is not None:
+                table.hold_prefix(lease_id, cached_tokens)
+            return cached_tokens
+
+    def open_prefix(self, lease_id: bytes, keys: Sequence[bytes], bound: int) -> int | None:
+        """Blocks for a granted lease that a fetch fills; returns how many of `keys` are cached, or None without
+        room, or where the lease has ended."""
+        with self.desk.change() as table:
+            lease = table.get(lease_id)
+            if lease is None or lease.state.is_over:
+                return None
+            num_hit = self._engine.open_prefix(lease_id, keys, bound, lease.request.tenant)
+            if num_hit is not None:
+                table.hold_prefix(lease_id, num_hit * self._engine.layout.block_tokens)
+            return num_hit
 
     def release(self, lease_id: bytes, cause: str = "") -> None:
         """End a lease in whatever state it is. Idempotent."""
@@ -129,9 +135,14 @@ class LeaseKeeper:
             for lease_id in table.overdue():
                 table.release(lease_id, DEADLINE_EXCEEDED)
 
-    def commit(self, lease_id: bytes, handoff: kvtransfer_pb2.Handoff) -> None:
-        """Pass a handoff on to the role. Raises HandoffRefused."""
-        self.on_commit(lease_id, handoff)
+    def fence(self, new_epoch: int) -> None:
+        """End every lease with cause FENCED, and go on as a new incarnation."""
+        with self.desk.change() as table:
+            table.fence(new_epoch)
+
+    def commit(self, lease_id: bytes, handoff: kvtransfer_pb2.Handoff, fidelity: int) -> None:
+        """Pass a handoff on to the role, with the worst fidelity rank of what landed. Raises HandoffRefused."""
+        self.on_commit(lease_id, handoff, fidelity)
 
     def hold(self, lease_id: bytes) -> None:
         """Keep a lease's blocks, however it ends, until `unhold`: another thread reads them."""
@@ -144,7 +155,7 @@ class LeaseKeeper:
             self._held.discard(lease_id)
             if lease_id in self._due:
                 self._due.discard(lease_id)
-                self._engine.release(lease_id)
+                self._give_back(lease_id)
 
     def _reclaim(self, lease_ids: list[bytes]) -> None:
         for lease_id in lease_ids:
@@ -153,9 +164,16 @@ class LeaseKeeper:
                 self._engine.stop(lease_id)
                 self._due.add(lease_id)
             else:
-                self._engine.release(lease_id)
+                self._give_back(lease_id)
             self.on_lost(lease_id, lease.cause if lease else "")
 
+    def _give_back(self, lease_id: bytes) -> None:
+        lease = self._table.get(lease_id)
+        if lease is not None:
+            for keys in self._engine.sealed_keys(lease_id):
+                self.on_cached(lease.request.tenant, keys)
+        self._engine.release(lease_id)
 
-def _refuse_commit(_lease_id: bytes, _handoff: kvtransfer_pb2.Handoff) -> None:
+
+def _refuse_commit(_lease_id: bytes, _handoff: kvtransfer_pb2.Handoff, _fidelity: int) -> None:
     raise HandoffRefused("WRONG_ROLE", "this worker does not decode")

@@ -29,11 +29,12 @@ class Membership:
     def __init__(
         self,
         routers: Sequence[str],
-        announcement: cluster_pb2.RegisterRequest,
+        announcement: Callable[[], cluster_pb2.RegisterRequest],
         metadata: tuple[tuple[str, str], ...],
         connected: Callable[[str, int], bool],
     ) -> None:
-        """`connected(router_id, router_epoch)` says whether that router's session is open."""
+        """`announcement()`: the worker as it is now, its epoch above all. `connected(router_id, router_epoch)` says
+        whether that router's session is open."""
         self._routers = tuple(routers)
         self._announcement = announcement
         self._metadata = metadata
@@ -69,7 +70,9 @@ class Membership:
         self, cluster: cluster_pb2_grpc.ClusterAsyncStub, router: str
     ) -> cluster_pb2.RegisterResponse | None:
         try:
-            return await cluster.Register(self._announcement, metadata=self._metadata, timeout=CALL_TIMEOUT_S)
+            return await cluster.Register(
+                self._announcement(), metadata=self._metadata, timeout=CALL_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError as error:
             logger.info("router %s cannot be reached: %s", router, error.code().name)
             return None

@@ -26,15 +26,18 @@ from worker.auth import cluster_metadata
 from worker.config import WorkerConfig
 from worker.engine_thread import EngineThread
 from worker.facts import identity_digest, worker_hello, worker_identity, worker_report
+from worker.fencing import FenceWatch, running_s
 from worker.idle_check import IdleCheck
-from worker.kv import KvServer
+from worker.kv import KvParts, KvServer
 from worker.leasing import LeaseKeeper
 from worker.membership import Membership
 from worker.pacing import LandingPace
+from worker.prefixes import PrefixFetcher
 from worker.servers import ControlServer, join_address
 from worker.service import RoleService, ServiceFactory, WorkerContext
 from worker.service_loop import ServiceLoop
 from worker.session import SessionServicer
+from worker.write_back import WriteBack
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ STOP_TIMEOUT_S = 30.0
 STOP_GRACE_S = 0.5
 SWEEP_INTERVAL_S = 0.1
 REPORT_DELAY_S = 0.01
+FENCED = "FENCED"
 
 
 class WorkerNode:
@@ -50,21 +54,27 @@ class WorkerNode:
 
     def __init__(self, config: WorkerConfig, services: Sequence[ServiceFactory]) -> None:
         self.config = config
-        self.epoch = secrets.randbits(64) or 1
+        self.epoch = _new_epoch()
+        """This incarnation of the worker; another one after it has fenced itself."""
         self.address = ""
         """host:port of the Worker service, once started."""
         self.kv_address = ""
-        """host:port of KvTransfer and the bulk service; empty where no role receives KV."""
+        """host:port of KvTransfer and the bulk service, once started."""
         self.engine: Engine
         """The engine, once started; for tests and tools in the same process."""
+        self.kv: KvParts
+        """What its KV transfers share, once started; for the same."""
         self._factories = tuple(services)
         self._services: list[RoleService] = []
         self._keepers: list[LeaseKeeper] = []
+        self._fetchers: list[PrefixFetcher] = []
+        self._idle_check: IdleCheck | None = None
         self._state: worker_pb2.WorkerState = worker_pb2.WORKER_STATE_NO_NEW
         self._report_due = False
         self._loop = ServiceLoop()
         self._engine_thread = EngineThread(self._open_engine, self, config.cpus)
         self._kv_server: KvServer | None = None
+        self._write_back: WriteBack | None = None
         self._started = AsyncExitStack()  # how to end what was begun on the loop, last first
 
     # --- life ----------------------------------------------------------------------------------
@@ -93,8 +103,11 @@ class WorkerNode:
         self._state = worker_pb2.WORKER_STATE_GONE
         if self._loop.is_running:
             self._loop.run(self._started.aclose(), STOP_TIMEOUT_S)
+        if self._write_back is not None:
+            self._write_back.stop(STOP_GRACE_S)
         if self._kv_server is not None:
             self._kv_server.stop(STOP_GRACE_S)
+            self.kv.close()
         self._engine_thread.stop()
         self._loop.stop()
 
@@ -123,7 +136,7 @@ class WorkerNode:
     @property
     def num_idle_violations(self) -> int:
         """Times that an idle worker held what it should not (design §3.1); 0 unless there is a bug."""
-        return self._idle_check.num_violations
+        return 0 if self._idle_check is None else self._idle_check.num_violations
 
     # --- putting together ----------------------------------------------------------------------
 
@@ -140,34 +153,53 @@ class WorkerNode:
                 kv_bytes=config.kv_bytes,
                 num_threads=config.num_threads,
                 device=config.device,
+                tenant_share=config.tenant_share,
             ),
         )
 
     async def _start_services(self) -> None:
-        for factory in self._factories:
+        for _ in self._factories:
             table = LeaseTable(self.epoch, time.monotonic, secrets.token_bytes)
             self._keepers.append(LeaseKeeper(table, self.engine, self.config.lease_ttl_s))
-            if factory.receives_kv:
-                self._open_kv_server(self._keepers[-1])
+        self._open_kv()
         for factory, keeper in zip(self._factories, self._keepers, strict=True):
             self._services.append(factory(self._context(keeper)))
-        self._idle_check = IdleCheck(self.engine, self._keepers, self._services)
+        self._idle_check = IdleCheck(self.engine, self._keepers, self._services, self._is_moving)
         await self._open_control_server()
         for service in self._services:
             self._started.push_async_callback(service.close)
         self._state = worker_pb2.WORKER_STATE_SERVING
         await self._control.set_healthy(True)
         self._join()
+        self._fence_watch = FenceWatch(
+            self.config.dead_after_s, running_s, has_routers=bool(self.config.routers)
+        )
         self._start_timer(SWEEP_INTERVAL_S, self._sweep)
         self._start_timer(self.config.report_interval_s, self._session.broadcast_report)
 
-    def _open_kv_server(self, keeper: LeaseKeeper) -> None:
-        config = self.config
+    def _open_kv(self) -> None:
+        """The port for KV. Pushes go to the leases of the role that takes them, where there is one."""
         pace = LandingPace(lambda: self._engine_thread.counters.decoding)
-        server = KvServer(keeper, self.engine, config.host, config.kv_port, config.cluster_secret, pace)
-        self.kv_address = join_address(config.host, server.port)
-        server.start()
-        self._kv_server = server
+        self.kv = KvParts(self.engine, self.config, pace)
+        pairs = list(zip(self._factories, self._keepers, strict=True))
+        receiving = next((keeper for factory, keeper in pairs if factory.receives_kv), self._keepers[0])
+        try:
+            self._kv_server = KvServer(self.kv, receiving, lambda: self.epoch)
+        except BaseException:
+            self.kv.close()
+            raise
+        self.kv_address = join_address(self.config.host, self._kv_server.port)
+        self._kv_server.start()
+        if self.kv.store is not None:
+            self._write_back = WriteBack(self.kv, self.kv.store, self.engine.has_work, lambda: self.epoch)
+            for keeper in self._keepers:
+                keeper.on_cached = self._write_back.note
+            self._write_back.start()
+
+    def _is_moving(self) -> bool:
+        writing = self._write_back is not None and self._write_back.is_writing
+        serving = self._kv_server is not None and self._kv_server.num_fetches > 0
+        return writing or serving or any(fetcher.num_open for fetcher in self._fetchers)
 
     async def _open_control_server(self) -> None:
         config = self.config
@@ -179,14 +211,17 @@ class WorkerNode:
         await self._control.start()
 
     def _context(self, keeper: LeaseKeeper) -> WorkerContext:
+        self._fetchers.append(PrefixFetcher(self.kv, keeper, lambda: self.epoch, self._loop.loop))
         return WorkerContext(
             config=self.config,
-            epoch=self.epoch,
+            current_epoch=lambda: self.epoch,
             identity=self._identity,
             kv_address=self.kv_address,
             engine=self.engine,
             tokenizer=self._tokenizer,
             leases=keeper,
+            kv=self.kv,
+            prefixes=self._fetchers[-1],
             loop=self._loop.loop,
             wake_engine=self._engine_thread.wake,
             accepts_new=lambda: self.healthy,
@@ -199,18 +234,22 @@ class WorkerNode:
         return root_key(self._key_identity, "", tenant_secret(self.config.cluster_secret, tenant))
 
     def _join(self) -> None:
-        announcement = cluster_pb2.RegisterRequest(
-            worker_id=self.config.worker_id, epoch=self.epoch, address=self.address
-        )
         metadata = cluster_metadata(self.config.cluster_secret)
-        membership = Membership(self.config.routers, announcement, metadata, self._session.connected)
+        membership = Membership(self.config.routers, self._announcement, metadata, self._session.connected)
         membership.start()
         self._started.push_async_callback(membership.stop)
+
+    def _announcement(self) -> cluster_pb2.RegisterRequest:
+        return cluster_pb2.RegisterRequest(
+            worker_id=self.config.worker_id, epoch=self.epoch, address=self.address
+        )
 
     # --- the engine's thread speaks (worker.engine_thread.EngineListener) ----------------------
 
     def on_step(self, result: StepResult) -> None:
         """Hand a step's events to the roles, on the service loop."""
+        if result.num_prefill_tokens and not result.num_decode_rows:
+            self.kv.speeds.note_prefill(result.num_prefill_tokens, result.step_s)
         if result.events:
             self._loop.loop.call_soon_threadsafe(self._deliver, result)
 
@@ -220,7 +259,7 @@ class WorkerNode:
 
     def on_idle(self) -> None:
         """Check that an idle worker holds nothing."""
-        if self._services:
+        if self._idle_check is not None:
             self._loop.loop.call_soon_threadsafe(self._idle_check.run)
 
     def _deliver(self, result: StepResult) -> None:
@@ -239,8 +278,21 @@ class WorkerNode:
     # --- timers --------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
+        reason = self._fence_watch.ask(in_touch=self._session.take_contact())
+        if reason is not None:
+            self._fence(reason)
         for keeper in self._keepers:
             keeper.sweep()
+
+    def _fence(self, reason: str) -> None:
+        """Drop every lease and every session, and rejoin as a new incarnation (design §3.3)."""
+        with self.engine.lock:
+            old, self.epoch = self.epoch, _new_epoch()
+            for keeper in self._keepers:
+                keeper.fence(self.epoch)
+        logger.warning("fenced: %s; incarnation %x is now %x", reason, old, self.epoch)
+        # Behind the failures of the requests, which the ended leases have just queued on this loop.
+        self._loop.loop.call_soon(self._session.drop_all, FENCED)
 
     def _report_soon(self) -> None:
         if not self._report_due:
@@ -262,3 +314,7 @@ class WorkerNode:
                     logger.exception("a periodic action failed")
 
         self._started.callback(asyncio.ensure_future(run()).cancel)
+
+
+def _new_epoch() -> int:
+    return secrets.randbits(64) or 1  # 0 means none on the wire

@@ -17,8 +17,10 @@ from engine.events import StepResult
 from headrace.v1 import worker_pb2
 from text.tokenizer import Tokenizer
 from worker.config import WorkerConfig
+from worker.kv import KvParts
 from worker.leasing import LeaseKeeper
 from worker.link import RouterLink
+from worker.prefixes import PrefixFetcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,14 @@ class WorkerContext:
     """What a service may use of its worker."""
 
     config: WorkerConfig
-    epoch: int
+    current_epoch: Callable[[], int]
     identity: worker_pb2.Identity
     kv_address: str
     engine: Engine
     tokenizer: Tokenizer
     leases: LeaseKeeper
+    kv: KvParts
+    prefixes: PrefixFetcher
     loop: asyncio.AbstractEventLoop
     wake_engine: Callable[[], None]
     accepts_new: Callable[[], bool]
@@ -41,6 +45,11 @@ class WorkerContext:
     """Monotonic seconds; the service loop's clock."""
     root_key: Callable[[str], bytes]
     """The key that a tenant's block keys start from."""
+
+    @property
+    def epoch(self) -> int:
+        """The worker's incarnation of now. It changes when the worker fences itself: read it, do not keep it."""
+        return self.current_epoch()
 
 
 class RoleService(Protocol):

@@ -39,11 +39,17 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
         self._resume_grace_s = resume_grace_s
         self._services = services
         self._links: dict[str, RouterLink] = {}
+        self._had_contact = False
 
     def connected(self, router_id: str, router_epoch: int) -> bool:
         """Whether that incarnation of a router has a stream open."""
         link = self._links.get(router_id)
         return link is not None and link.router_epoch == router_epoch and link.connected
+
+    def take_contact(self) -> bool:
+        """Whether any router has a stream open, or had one since this was last asked."""
+        had_contact, self._had_contact = self._had_contact, False
+        return had_contact or any(link.connected for link in self._links.values())
 
     def links(self) -> Iterable[RouterLink]:
         """Every router incarnation that is connected or within its grace."""
@@ -54,6 +60,11 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
         for link in self._links.values():
             if link.connected:
                 link.report_soon()
+
+    def drop_all(self, cause: str) -> None:
+        """End the requests of every router, and the streams once what waits is written."""
+        for link in tuple(self._links.values()):
+            self._drop(link, cause)
 
     def close(self) -> None:
         """End every stream."""
@@ -72,6 +83,7 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
         hello = await self._router_hello(request_iterator, context)
         link = self._open(hello)
         stream = link.attach()
+        self._had_contact = True
         logger.info("router %s connected", link.router_id)
         reader = asyncio.create_task(self._read(link, stream, request_iterator))
         try:
@@ -114,6 +126,8 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         try:
             async for message in messages:
+                if link.closed:
+                    return  # meant for an incarnation that is gone
                 self._dispatch(link, message)
                 await link.room()
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError):

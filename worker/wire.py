@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.request import Drawn, FinishReason, Logprobs, SamplingParams
 from headrace.v1 import inference_pb2, kvtransfer_pb2, worker_pb2
+from kvtransfer.codecs import Fidelity
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -65,6 +66,8 @@ def check_task(task: worker_pb2.GenerationTask, engine: Engine) -> None:
         )
     if num_choices(task) > engine.max_sequences:
         raise MalformedTask(f"n is {num_choices(task)}; the worker holds {engine.max_sequences} sequences")
+    if task.fidelity and task.fidelity not in list(Fidelity):
+        raise MalformedTask(f"fidelity is one of {', '.join(Fidelity)}, not {task.fidelity!r}")
     largest = max(task.prompt_token_ids)
     if largest >= engine.config.vocab_size:
         raise MalformedTask(f"token id {largest} is outside the vocabulary of {engine.config.vocab_size}")

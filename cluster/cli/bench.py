@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.cli.console import err, out
 from cluster.problems import nearest_name, one_of
 
-NAMES = ("isolation", "handoff", "transfer", "codecs", "engine", "router", "chaos")
+NAMES = ("isolation", "handoff", "transfer", "codecs", "tiers", "engine", "router", "chaos")
 
 
 class Report(Protocol):
@@ -30,8 +30,8 @@ class Report(Protocol):
 class Benchmark(Protocol):
     """A module of the bench package."""
 
-    def run(self, console: Console) -> Report:
-        """Measure, telling `console` how far it is."""
+    def run(self, console: Console, **options: str) -> Report:
+        """Measure, telling `console` how far it is. Raises ClusterError."""
         ...
 
 
@@ -43,13 +43,19 @@ def add_to(app: typer.Typer) -> None:
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark. Left out: an error that lists them.")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    link: Annotated[
+        str, typer.Option(help="transfer only: over a link of this rate, such as 1Gbit.", metavar="RATE")
+    ] = "",
 ) -> None:
     """Run a benchmark and print what it measured."""
     # Looked up by name, because `bench` stands above `cluster` in the order of imports.
     there = [each for each in NAMES if importlib.util.find_spec(f"bench.{each}")]
     if name not in there:
         raise typer.BadParameter(_unknown(name, there), param_hint="NAME")
-    report = cast(Benchmark, importlib.import_module(f"bench.{name}")).run(err)
+    if link and name != "transfer":
+        raise typer.BadParameter(f"{name} has no link", param_hint="--link")
+    benchmark = cast(Benchmark, importlib.import_module(f"bench.{name}"))
+    report = benchmark.run(err, **({"link": link} if link else {}))
     if json:
         out.print(report.to_json(), markup=False, soft_wrap=True)
     else:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from kvtransfer.codecs.base import Codec, Fidelity
+from kvtransfer.codecs.ecsq import EcsqCodec
+from kvtransfer.codecs.fp8 import Fp8Codec
+from kvtransfer.codecs.int4 import Int4Codec
+from kvtransfer.codecs.int8 import Int8Codec
 from kvtransfer.codecs.raw import RawCodec
+from kvtransfer.codecs.split import SplitCodec
 
 __all__ = ["CODECS", "Codec", "Fidelity", "UnknownCodec", "find_codec", "newest_codec"]
 
-CODECS: tuple[Codec, ...] = (RawCodec(),)
+CODECS: tuple[Codec, ...] = (
+    RawCodec(),
+    SplitCodec(),
+    Int8Codec(),
+    Fp8Codec(),
+    EcsqCodec(),
+    Int4Codec(),
+)
 
 _BY_NAME = {(codec.name, codec.version): codec for codec in CODECS}
 

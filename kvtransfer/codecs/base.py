@@ -19,9 +19,13 @@ class Fidelity(StrEnum):
     NEAR = "near"
     COMPACT = "compact"
 
+    @property
+    def rank(self) -> int:
+        """0 exact, 1 near, 2 compact: the number that frames and leases carry."""
+        return list(Fidelity).index(self)
+
     def allows(self, other: Fidelity) -> bool:
-        order = list(Fidelity)
-        return order.index(other) <= order.index(self)
+        return other.rank <= self.rank
 
 
 class Codec(Protocol):

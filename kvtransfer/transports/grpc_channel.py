@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 BULK_SERVICE = "headrace.v1.KvBulk"
 
+# The last message up a stream that ends in order. gRPC itself does not tell for sure: where a sender cancels or
+# dies, its messages may just end.
+LAST_WORD = b""
+
 # A piece is about 1 MiB, more only where one entry of one layer already is.
 MAX_MESSAGE_BYTES = 16 << 20
 

@@ -1,33 +1,36 @@
 """The sending end over gRPC: pushes one sequence's cache into one lease while it is computed.
 
-    engine thread          runner thread                    request thread (gRPC's own)
-    -------------          -------------                    ---------------------------
-    advance(n) ──────────▶ opens the stream when there is   takes the next frame within the window,
-      (a number, no wait)  a frame, reads acknowledgements, reads the cache, encodes, yields
-                           reconnects for a while
+    engine thread          runner thread                    builder thread              request thread (gRPC's)
+    -------------          -------------                    --------------              -----------------------
+    advance(n) ──────────▶ opens the stream when there is   takes the next frame        takes what is built and
+      (a number, no wait)  a frame, reads the opening and   within the window, reads    waits until gRPC has it
+                           acknowledgements, reconnects     the cache, encodes into     on the way
+                                                            a message or landing slot
 
-Whoever of the two waits for work also renews the lease when nothing was sent for a third of its TTL.
-Every wait ends at the request's deadline; frames in flight that nobody acknowledges for a whole TTL
-end it earlier. What is queued is ranges, not bytes, so memory is bounded by the frame in hand and what
-gRPC holds of the window.
+Whoever of runner and builder waits for work also renews the lease when nothing was sent for a third of its TTL.
+Every wait ends at the request's deadline; frames in flight that nobody acknowledges for a whole TTL end it earlier.
+
+Memory, whatever the sequence's length: what is queued is ranges, not bytes. Messages that are built and not yet
+acknowledged are at most `window_bytes`, or what the receiver's credit allows where that is less, or one frame; gRPC
+may hold all of them, and one a second time while it is handed over. The builder has the frame in its hand before and
+after the codec. So: window + 3 frames.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import grpc
 
 from kvtransfer.contact import Contact
-from kvtransfer.frames import DamagedFrame, FrameHeader, decode_ack, encode_frame
-from kvtransfer.layouts import DEFAULT_PIECE_BYTES, window_pieces_for
+from kvtransfer.frame_builder import PieceEncoder
+from kvtransfer.frames import DamagedFrame, decode_ack, decode_opening
 from kvtransfer.lease_types import LeaseState
-from kvtransfer.ledger import FrameLedger, FrameRefused
-from kvtransfer.progress import PushProgress
-from kvtransfer.transports.grpc_channel import BULK_SERVICE
+from kvtransfer.ledger import FrameRefused
+from kvtransfer.read_ahead import ReadAhead
+from kvtransfer.transports.grpc_channel import BULK_SERVICE, LAST_WORD
 from kvtransfer.transports.grpc_control import (
     FIRST_BACKOFF_S,
     MAX_BACKOFF_S,
@@ -35,43 +38,37 @@ from kvtransfer.transports.grpc_control import (
     LeaseControl,
     as_transfer_error,
 )
-from kvtransfer.transports.seam import (
-    CommitOutcome,
-    PushStats,
-    TransferCause,
-    TransferError,
-    lease_state,
-)
+from kvtransfer.transports.push_books import PushBooks, PushOptions
+from kvtransfer.transports.push_frames import FrameTask, make_frame
+from kvtransfer.transports.seam import CommitOutcome, TransferCause, TransferError, lease_state
+from kvtransfer.transports.slot_writing import open_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from headrace.v1.kvtransfer_pb2 import CommitResponse, Handoff
+    from kvtransfer.built_frames import BuiltFrame
     from kvtransfer.cache_store import CacheStore
-    from kvtransfer.codecs import Codec
+    from kvtransfer.choice import CodecChooser
     from kvtransfer.frames import LeaseRef
     from kvtransfer.layouts import CacheLayout
+    from kvtransfer.transports.seam import PushStats
+    from kvtransfer.transports.slot_writing import OpenWriter, StreamSlots
 
 _T = TypeVar("_T")
-_STREAM_OVER = -1
 _JOIN_S = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushOptions:
-    frame_bytes: int = DEFAULT_PIECE_BYTES  # larger gained nothing where it was measured, smaller costs CPU
-    window_bytes: int = 16 << 20  # raw bytes sent and not yet acknowledged
-    max_resends: int = 8  # of one frame
-    reconnect_s: float = 1.0  # how long a broken stream is tried again
-    abort_s: float = 1.0  # how long telling the receiver of an abort may take
+_BUILT_AHEAD = 2
+_FLUSHES_PER_TTL = 3
 
 
 class PushSession:
     """One `Pusher` over gRPC. Starts its runner thread at once, with the CPU affinity of its maker.
 
     `lease`, `ttl_s`: as the receiver granted them. `owner`: the lease id under which `cache` holds the
-    sequence here. `start_token`: the first position that the receiver does not hold; a multiple of the
-    key block. `remaining_s`: of the request's deadline. `metadata`: sent with every call.
+    sequence here, in the dtypes of `layout`. `wire`: the same layout in the dtypes to travel in; the cache's own
+    unless given. `start_token`: the first position that the receiver does not hold; a multiple of the
+    key block. `remaining_s`: of the request's deadline. `metadata`: sent with every call. `open_writer(offer)`:
+    takes up the receiver's offer of landing slots; raises CarrierFailed.
     """
 
     def __init__(
@@ -83,20 +80,19 @@ class PushSession:
         remaining_s: float,
         cache: CacheStore,
         layout: CacheLayout,
-        codec: Codec,
+        chooser: CodecChooser,
         owner: bytes,
+        wire: CacheLayout | None = None,
         start_token: int = 0,
         metadata: Sequence[tuple[str, str]] = (),
+        open_writer: OpenWriter | None = None,
         options: PushOptions | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lease = lease
         self._ttl_s = ttl_s
-        self._cache = cache
-        self._layout = layout
-        self._codec = codec
-        self._owner = owner
-        self._start_token = start_token
+        self._encoder = PieceEncoder(cache, owner, layout, wire or layout)
+        self._open_writer = open_writer
         self._metadata = tuple(metadata)
         self._options = options or PushOptions()
         self._clock = clock
@@ -107,14 +103,13 @@ class PushSession:
         self._stopped = threading.Event()
         self._control = LeaseControl(channel, lease, metadata, clock, self._stopped)
 
-        self._cond = threading.Condition()
-        self._ledger = FrameLedger(layout, self._options.window_bytes, self._options.max_resends, clock)
-        self._progress = PushProgress(layout, start_token, self._options.frame_bytes)
-        self._sealed = False  # commit was called: nothing more will be ready
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)  # for the runner and the builder
+        self._quiet = threading.Condition(self._lock)  # for commit and abort: settled, or nothing reads
+        self._books = PushBooks(wire or layout, start_token, chooser, self._options, clock)
         self._error: TransferError | None = None
         self._is_committed = False
         self._num_reading = 0
-        self._stream = 0
         self._call: grpc.Call | None = None
         self._contact = Contact(ttl_s, clock)
         self._broken_since: float | None = None
@@ -129,18 +124,24 @@ class PushSession:
         return self._error
 
     def advance(self, num_tokens: int, num_layers: int | None = None) -> None:
-        with self._cond:
-            if not self._sealed and self._progress.advance(num_tokens, num_layers):
-                self._cond.notify_all()
+        with self._lock:
+            if self._books.advance(num_tokens, num_layers):
+                self._work.notify_all()
+
+    def declare_fidelity(self, rank: int) -> None:
+        with self._lock:
+            self._books.declare_fidelity(rank)
 
     def commit(self, handoff: Handoff, remaining_s: float) -> CommitOutcome:
         """Raises TransferError, and ValueError when `advance` went beyond the handoff's tokens."""
         deadline = self._clock() + remaining_s
-        self._seal(handoff.num_tokens)
+        with self._lock:
+            self._books.seal(handoff.num_tokens)
+            self._work.notify_all()
         try:
             while True:
                 self._await_settled(deadline)
-                response = self._control.commit(self._ledger.manifest(), handoff, deadline, self._ttl_s)
+                response = self._control.commit(self._books.ledger.manifest(), handoff, deadline, self._ttl_s)
                 state = lease_state(response.state)
                 if state is None or not state.is_open:
                     break
@@ -154,8 +155,8 @@ class PushSession:
         if self._is_committed:
             return LeaseState.COMMITTED
         self._stop(TransferError(TransferCause.CANCELLED, cause))
-        with self._cond:
-            self._cond.wait_for(lambda: self._num_reading == 0, _JOIN_S)
+        with self._lock:
+            self._quiet.wait_for(lambda: self._num_reading == 0, _JOIN_S)
         state = self._control.abort(cause, self._options.abort_s)
         if state is None:  # told, the receiver would have answered a commit that is under way
             self._control.cancel_commit()
@@ -163,42 +164,28 @@ class PushSession:
         return state
 
     def stats(self) -> PushStats:
-        with self._cond:
-            totals = self._ledger.totals()
-            num_tokens = self._progress.num_cut - self._start_token
-        return PushStats(num_tokens=num_tokens, **asdict(totals))
-
-    def _seal(self, num_tokens: int) -> None:
-        with self._cond:
-            if num_tokens < self._progress.num_ready:
-                num_ready = self._progress.num_ready
-                raise ValueError(f"{num_ready} positions were advanced, the handoff has {num_tokens}")
-            if not self._sealed:
-                self._progress.advance(num_tokens)
-                self._refill()
-                self._ledger.add(window_pieces_for(self._layout, num_tokens, self._options.frame_bytes))
-                self._sealed = True
-            self._cond.notify_all()
+        with self._lock:
+            return self._books.stats()
 
     def _await_settled(self, deadline: float) -> None:
-        with self._cond:
-            while not self._ledger.is_settled:
-                self._raise_if_over()
+        with self._lock:
+            while self._error is None and not self._books.ledger.is_settled:
                 now = self._clock()
                 if now >= deadline:
                     text = "frames were not acknowledged in time"
                     raise TransferError(TransferCause.DEADLINE_EXCEEDED, text)
-                # The request thread does not see a stall while gRPC holds it back: the peer reads nothing.
-                self._cond.wait(min(deadline, self._stalls_at()) - now)
-            self._raise_if_over()
+                # The builder does not see a stall while gRPC holds it back: the peer reads nothing.
+                self._quiet.wait(min(deadline, self._stalls_at()) - now)
+            if self._error is not None:
+                raise self._error
 
     def _send_missing(self, numbers: Sequence[int]) -> None:
-        with self._cond:
+        with self._lock:
             try:
-                self._ledger.send_missing(numbers)
+                self._books.ledger.send_missing(numbers)
             except FrameRefused as error:
                 raise TransferError(error.cause, error.message) from error
-            self._cond.notify_all()
+            self._work.notify_all()
 
     def _conclude(self, state: LeaseState | None, response: CommitResponse) -> CommitOutcome:
         cause, _, message = response.reason.partition(": ")
@@ -214,7 +201,7 @@ class PushSession:
 
     def _run(self) -> None:
         try:
-            while self._await(lambda: self._ledger.has_work or None):
+            while self._await(lambda: self._books.ledger.has_work or None):
                 self._run_stream()
         except TransferError as error:
             self._stop(error)
@@ -223,123 +210,151 @@ class PushSession:
 
     def _run_stream(self) -> None:
         """One stream, from its first frame until all is acknowledged or it breaks."""
-        with self._cond:
-            stream = self._stream
+        stream = self._books.stream
+        built = ReadAhead(self._frames(stream), _BUILT_AHEAD, "kv-build")
         timeout_s = max(0.0, self._deadline - self._clock())
-        call = self._push(self._messages(stream), timeout=timeout_s, metadata=self._metadata)
-        with self._cond:
+        call = self._push(self._requests(stream, built), timeout=timeout_s, metadata=self._metadata)
+        with self._lock:
             self._call = call
         if self._stopped.is_set():
             call.cancel()
         broken: grpc.RpcError | None = None
         try:
-            for message in call:
-                self._take_ack(message)
+            for ordinal, message in enumerate(call):
+                if ordinal:
+                    self._take_ack(message)
+                else:
+                    self._take_opening(stream, message)
         except grpc.RpcError as error:
             broken = error
-        finally:
-            call.cancel()
-            with self._cond:
-                self._stream += 1
-                lost = self._ledger.num_in_flight
-                self._ledger.lose_in_flight()
-                self._cond.notify_all()
-        if (broken is not None or lost) and not self._stopped.is_set():
-            self._back_off(broken)
-
-    def _take_ack(self, message: bytes) -> None:
-        try:
-            ack = decode_ack(message)
-            with self._cond:
-                self._contact.touch()
-                self._broken_since = None
-                self._backoff_s = FIRST_BACKOFF_S
-                self._ledger.acknowledge(ack)
-                self._cond.notify_all()
         except DamagedFrame as error:
             raise TransferError(TransferCause.PROTOCOL_ERROR, str(error)) from error
-        except FrameRefused as error:
-            raise TransferError(error.cause, error.message) from error
+        finally:
+            call.cancel()
+            built.close()
+            with self._lock:
+                num_lost = self._books.leave_stream()
+                self._work.notify_all()
+        if (broken is not None or num_lost) and not self._stopped.is_set():
+            self._back_off(broken)
+
+    def _take_opening(self, stream: int, message: bytes) -> None:
+        opening = decode_opening(message)
+        slots: StreamSlots | None = None
+        if self._open_writer is not None and opening.offers:
+            slots = open_first(self._open_writer, opening.offers)
+        with self._lock:
+            if slots is not None:
+                self._books.use(stream, slots)
+            self._books.ledger.credit = opening.credit
+            self._work.notify_all()
+
+    def _take_ack(self, message: bytes) -> None:
+        ack = decode_ack(message)
+        with self._lock:
+            self._contact.touch()
+            self._broken_since = None
+            self._backoff_s = FIRST_BACKOFF_S
+            try:
+                self._books.acknowledge(ack)
+            except FrameRefused as error:
+                raise TransferError(error.cause, error.message) from error
+            self._work.notify_all()
+            if self._books.ledger.is_settled:
+                self._quiet.notify_all()
 
     def _back_off(self, broken: grpc.RpcError | None) -> None:
         """Waits before the next stream, or raises when another would be of no use."""
         if broken is not None and broken.code() not in TRANSIENT_CODES:
             raise as_transfer_error(broken)
+        patience_s = self._options.reconnect_s
+        if broken is not None and broken.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            # It is there, but has no room for one more stream: worth a longer wait, in which nothing else renews.
+            patience_s = max(patience_s, self._ttl_s)
+            self._renew()
         now = self._clock()
         if self._broken_since is None:
             self._broken_since = now
-        if now - self._broken_since >= self._options.reconnect_s:
+        if now - self._broken_since >= patience_s:
             text = "the stream ends early" if broken is None else as_transfer_error(broken).message
             raise TransferError(TransferCause.PEER_UNAVAILABLE, text)
         self._stopped.wait(self._backoff_s)
         self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
 
-    # ---- the request thread
+    # ---- the builder thread, and gRPC's request thread behind it
 
-    def _messages(self, stream: int) -> Iterator[bytes]:
+    def _frames(self, stream: int) -> Iterator[BuiltFrame]:
         try:
             while True:
-                number = self._await(lambda: self._take_frame(stream))
-                if number is None or number == _STREAM_OVER:
+                task = self._await(lambda: self._take_frame(stream))
+                if not isinstance(task, FrameTask):
                     return
-                yield self._build(number)
+                yield self._build(stream, task)
         except TransferError as error:
             self._stop(error)
 
-    def _take_frame(self, stream: int) -> int | None:
-        if stream != self._stream:
-            return _STREAM_OVER
-        number = self._ledger.take()
-        if number is not None:
+    def _requests(self, stream: int, built: ReadAhead[BuiltFrame]) -> Iterator[bytes]:
+        for frame in built:
+            with self._lock:
+                self._books.ledger.note_handed(frame.number)
+            message = frame.message
+            del frame  # gRPC copies the message; this would hold it until the next one is built
+            yield message
+            del message
+        with self._lock:
+            is_in_order = stream == self._books.stream and self._books.ends_in_order
+        if is_in_order:
+            yield LAST_WORD
+
+    def _take_frame(self, stream: int) -> FrameTask | Literal[False] | None:
+        """False: no frame will follow on this stream."""
+        if stream != self._books.stream or self._books.is_over:
+            return False
+        task = self._books.take()
+        if task is not None:
             self._num_reading += 1
             self._contact.touch()
-        elif self._sealed and self._ledger.is_settled:
-            return _STREAM_OVER
-        return number
+        return task
 
-    def _build(self, number: int) -> bytes:
-        piece = self._ledger.piece(number)
-        plane = self._layout.plane(piece.plane)
-        codec = self._codec
-        header = FrameHeader(
-            self._lease,
-            number,
-            piece,
-            codec.name,
-            codec.version,
-            self._ledger.raw_bytes(number),
-            plane.dtypes,
-        )
+    def _build(self, stream: int, task: FrameTask) -> BuiltFrame:
+        began_at = self._clock()
         try:
-            payload = codec.encode(self._cache.gather(self._owner, piece, plane), plane, piece)
-            message, checksum = encode_frame(header, payload)
+            flush_by = began_at + self._ttl_s / _FLUSHES_PER_TTL
+            frame, failed = make_frame(self._encoder, self._lease, task, flush_by)
         except Exception as error:
             # Stores and codecs may fail in any way; gRPC would only log it and cancel the stream.
             text = f"{type(error).__name__}: {error}"
             raise TransferError(TransferCause.CACHE_READ_FAILED, text) from error
         finally:
-            with self._cond:
+            with self._lock:
                 self._num_reading -= 1
-                self._cond.notify_all()
-        with self._cond:
-            self._ledger.note_sent(number, checksum, len(message))
-        return message
+                if task.place is not None:
+                    task.place.slots.filled(task.number)
+                if (
+                    self._stopped.is_set()
+                ):  # an abort may wait for this; a commit need not wake for every frame
+                    self._quiet.notify_all()
+        with self._lock:
+            if task.place is not None and failed is not None:
+                task.place.slots.fail(task.number, failed)
+            self._books.note_built(stream, task, frame, self._clock() - began_at)
+        return frame
 
     # ---- shared by both threads
 
     def _await(self, poll: Callable[[], _T | None]) -> _T | None:
         """What `poll` gives, called under the lock, once it gives something; None when all is over."""
         while True:
-            with self._cond:
+            with self._lock:
                 if self._stopped.is_set():
                     return None
-                self._refill()
+                self._books.refill()
                 result = poll()
                 if result is not None:
                     return result
                 wait_s = self._next_event_at() - self._clock()
                 if wait_s > 0:
-                    self._cond.wait(wait_s)
+                    self._work.wait(wait_s)
                     continue
             self._renew()
 
@@ -349,7 +364,7 @@ class PushSession:
         if now >= self._deadline:
             text = "the request's deadline passed during the transfer"
             raise TransferError(TransferCause.DEADLINE_EXCEEDED, text)
-        if not self._ledger.num_in_flight:
+        if not self._books.ledger.num_in_flight:
             return min(self._deadline, self._contact.renew_at)
         return min(self._deadline, self._stalls_at())
 
@@ -359,9 +374,6 @@ class PushSession:
             text = f"no frame was acknowledged for {self._ttl_s:g} s"
             raise TransferError(TransferCause.RECEIVER_STALLED, text)
         return self._contact.lost_at
-
-    def _refill(self) -> None:
-        self._ledger.add(self._progress.take())
 
     def _renew(self) -> None:
         try:
@@ -374,19 +386,16 @@ class PushSession:
             return
         if state is None or not state.is_open:
             raise TransferError(TransferCause.LEASE_LOST, f"the receiver says that the lease is {state}")
-        with self._cond:
+        with self._lock:
             self._contact.touch()
 
-    def _raise_if_over(self) -> None:
-        if self._error is not None:
-            raise self._error
-
     def _stop(self, error: TransferError) -> None:
-        with self._cond:
+        with self._lock:
             if not self._stopped.is_set():
                 self._error = error
             self._stopped.set()
             call = self._call
-            self._cond.notify_all()
+            self._work.notify_all()
+            self._quiet.notify_all()
         if call is not None:
             call.cancel()

@@ -2,6 +2,11 @@
 
 Thin: what a frame or a message does to a lease is decided by `leases.py`, whether the pieces suffice
 by `coverage.py`; here are only the waiting, the words on the wire, and the order of the steps.
+
+Memory: what is held of all streams is what they sent and nobody acknowledged, so at most the credit book's budget
+where senders keep to their credit. On top come, for each open stream, copies while one message is handed over by
+gRPC and one is decoded: 3 frames. A sender that does not keep to its credit is held back by HTTP/2: three messages
+of a stream are read (at most MAX_MESSAGE_BYTES each), the rest waits in its flow-control window.
 """
 
 from __future__ import annotations
@@ -14,31 +19,47 @@ import grpc
 from headrace.v1 import kvtransfer_pb2 as pb
 from headrace.v1 import kvtransfer_pb2_grpc as pb_grpc
 from kvtransfer.coverage import find_gap
-from kvtransfer.frames import LEASE_ID_BYTES, FrameRecord, LeaseRef, encode_ack
+from kvtransfer.frames import LEASE_ID_BYTES, FrameRecord, LeaseRef, encode_ack, encode_opening
+from kvtransfer.landing import layout_of
+from kvtransfer.landing_stream import LandingStream
 from kvtransfer.lease_types import Outcome, Ready, Refused, Waiting
-from kvtransfer.transports.grpc_channel import BULK_SERVICE
+from kvtransfer.read_ahead import ReadAhead
+from kvtransfer.transports.grpc_channel import BULK_SERVICE, LAST_WORD
 from kvtransfer.transports.seam import HANDOFF_MAJOR, HandoffRefused, wire_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from kvtransfer.cache_store import CacheStore
+    from kvtransfer.credit import CreditBook
     from kvtransfer.desk import LeaseDesk
-    from kvtransfer.landing import FrameLander
+    from kvtransfer.landing import FrameLander, FrameSink, LayoutOf
     from kvtransfer.layouts import CacheLayout
     from kvtransfer.leases import LeaseTable
+    from kvtransfer.transports.carriers import LandingSlots
+    from kvtransfer.transports.grpc_serve import FetchServer
+
+    OpenSlots = Callable[[Sequence[tuple[str, str | bytes]]], Sequence[LandingSlots]]
 
 _log = logging.getLogger(__name__)
 
 # An answer that names missing frames must reach the sender before its own deadline does.
 REPLY_MARGIN_S = 0.1
 
+_READ_AHEAD = 1  # messages of one stream that wait while one lands
+
 
 class BulkReceiver:
-    """Method Push of the bulk service: one acknowledgement for every frame, in order."""
+    """Method Push of the bulk service: an opening, then one acknowledgement for every frame, in order.
 
-    def __init__(self, lander: FrameLander) -> None:
+    `credits`: divides what may be in flight among the streams; a stream more than it carries is refused with
+    RESOURCE_EXHAUSTED, which a sender tries again. `open_slots(metadata)`: landing slots for a new stream, by the
+    metadata of its call; may give none.
+    """
+
+    def __init__(self, lander: FrameLander, credits: CreditBook, open_slots: OpenSlots | None = None) -> None:
         self._lander = lander
+        self._credits = credits
+        self._open_slots = open_slots
 
     def handler(self) -> grpc.GenericRpcHandler:
         """For `server.add_generic_rpc_handlers`: raw bytes in and out, no protobuf."""
@@ -47,35 +68,61 @@ class BulkReceiver:
         )
 
     def _push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        stream = self._open(context)
+        ahead = ReadAhead(messages, _READ_AHEAD, "kv-read")
+        is_clean = False
         try:
-            for message in messages:
-                yield encode_ack(self._lander.land(message))
+            yield encode_opening(stream.opening())
+            for message in ahead:
+                if message == LAST_WORD:
+                    is_clean = True
+                    break
+                ack = stream.take(message)
+                del message  # or it is held until the next one comes
+                yield encode_ack(ack)
         except grpc.RpcError:
             # The sender cancelled or is gone. A new stream may follow, or the lease's TTL ends it.
             return
+        finally:
+            ahead.close()
+            stream.close(clean=is_clean)
+
+    def _open(self, context: grpc.ServicerContext) -> LandingStream:
+        name = self._credits.open()
+        if name is None:
+            text = f"{self._credits.max_streams} streams land here already, as many as the landing budget carries"
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        slots: Sequence[LandingSlots] = ()
+        if self._open_slots is not None:
+            try:
+                slots = self._open_slots(context.invocation_metadata())
+            except Exception:  # noqa: BLE001 - the stream carries everything where slots cannot be had
+                _log.exception("no landing slots for a stream")
+        return LandingStream(self._lander, self._credits, name, slots)
 
 
 class KvTransferService(pb_grpc.KvTransferServicer):
     """Commit, Abort and Renew.
 
-    `on_commit(lease_id, handoff)`: makes the sequence visible to the decode scheduler. Called once per
-    lease, under the lock, when all of it is here; raises HandoffRefused where it cannot be taken.
+    `sink`: what the frames went to; `layout`: as the lander has it. `on_commit(lease_id, handoff, fidelity)`: makes
+    the sequence visible to the decode scheduler; `fidelity` is the worst rank of what landed (0 exact, 1 near, 2
+    compact). Called once per lease, under the lock, when all of it is here; raises HandoffRefused where it cannot
+    be taken.
     `max_wait_s`: the longest that one Commit waits for frames before it answers which are missing.
     """
 
     def __init__(
         self,
         desk: LeaseDesk,
-        cache: CacheStore,
-        layout: CacheLayout,
-        on_commit: Callable[[bytes, pb.Handoff], None],
+        sink: FrameSink,
+        layout: CacheLayout | LayoutOf,
+        on_commit: Callable[[bytes, pb.Handoff, int], None],
         clock: Callable[[], float],
         max_wait_s: float = 5.0,
     ) -> None:
         self._desk = desk
-        self._cache = cache
-        self._layout = layout
-        self._layout_identity = layout.identity()
+        self._sink = sink
+        self._layout_of = layout_of(layout)
         self._on_commit = on_commit
         self._clock = clock
         self._max_wait_s = max_wait_s
@@ -85,7 +132,7 @@ class KvTransferService(pb_grpc.KvTransferServicer):
         manifest = {e.frame: FrameRecord(e.raw_bytes, e.checksum) for e in request.manifest}
         verdict = self._await_frames(ref, manifest, self._clock() + self._wait_s(request, context))
         if isinstance(verdict, Ready):
-            self._cache.fence()
+            self._sink.fence()
             with self._desk.change() as table:
                 # The lock was let go since: a cancel may have come first.
                 verdict = table.check_commit(ref, manifest)
@@ -132,7 +179,7 @@ class KvTransferService(pb_grpc.KvTransferServicer):
         """Under the lock, so that nothing comes between the decode service's yes and the commit."""
         try:
             self._verify(ready, handoff)
-            self._on_commit(ready.lease_id, handoff)
+            self._on_commit(ready.lease_id, handoff, ready.fidelity)
         except HandoffRefused as error:
             return table.abort(ref, f"{error.cause}: {error.message}")
         except Exception as error:  # noqa: BLE001 - a fault there must not leave a lease that nobody ends
@@ -144,9 +191,10 @@ class KvTransferService(pb_grpc.KvTransferServicer):
         if handoff.handoff_major != HANDOFF_MAJOR:
             text = f"the handoff record has major version {handoff.handoff_major}, here it is {HANDOFF_MAJOR}"
             raise HandoffRefused("HANDOFF_VERSION", text)
-        if handoff.layout != self._layout_identity:
+        layout = self._layout_of(ready.lease_id)
+        if handoff.layout != layout.identity():
             raise HandoffRefused("LAYOUT_MISMATCH", "the sender's cache layout is not this worker's")
-        gap = find_gap(self._layout, ready.pieces, ready.start_token, handoff.num_tokens)
+        gap = find_gap(layout, ready.pieces, ready.start_token, handoff.num_tokens)
         if gap is not None:
             raise HandoffRefused("MANIFEST_INCOMPLETE", gap)
 
@@ -156,9 +204,16 @@ class KvTransferService(pb_grpc.KvTransferServicer):
             return table.abort(ref, f"{refused.refusal}: {refused.message}")
 
 
-def add_kv_services(server: grpc.Server, receiver: BulkReceiver, service: KvTransferService) -> None:
-    """Registers both on a server made by `make_bulk_server`."""
+def add_kv_services(
+    server: grpc.Server,
+    receiver: BulkReceiver,
+    service: KvTransferService,
+    fetches: FetchServer | None = None,
+) -> None:
+    """Registers them on a server made by `make_bulk_server`; without `fetches`, method Fetch is not offered."""
     server.add_generic_rpc_handlers((receiver.handler(),))
+    if fetches is not None:
+        server.add_generic_rpc_handlers((fetches.handler(),))
     pb_grpc.add_KvTransferServicer_to_server(service, server)
 
 

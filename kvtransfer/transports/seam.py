@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -71,7 +71,9 @@ class CommitOutcome:
 class PushStats:
     """What a push has cost so far. Times are of this process's monotonic clock.
 
-    `kv_bytes`: canonical bytes of distinct frames; `wire_bytes`: as sent, with headers and repeats.
+    `kv_bytes`: canonical bytes of distinct frames; `wire_bytes`: as sent, with headers and repeats, in landing slots
+    too. `codecs`: canonical bytes by the codec that they went in; `reason`: why the most used of them was chosen.
+    `carriers`: canonical bytes, repeats too, by how they travelled: "inline" in the messages, or a carrier's kind.
     `transfer_s`: first frame begun to last acknowledgement. `frame_s`: time during which at least one
     frame was being read, encoded or in flight; overlapping frames count once, so that it can be
     compared with the time a request was made to wait.
@@ -84,6 +86,14 @@ class PushStats:
     wire_bytes: int
     transfer_s: float
     frame_s: float
+    codecs: dict[str, int] = field(default_factory=dict)
+    carriers: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def codec(self) -> str:
+        """The most used one; empty where nothing was sent."""
+        return max(self.codecs, key=self.codecs.__getitem__, default="")
 
 
 class Pusher(Protocol):
@@ -96,6 +106,10 @@ class Pusher(Protocol):
     def advance(self, num_tokens: int, num_layers: int | None = None) -> None:
         """Cache of positions [0, num_tokens) is ready to be sent, of the last chunk only the first `num_layers`
         layers where that is given. Never blocks."""
+
+    def declare_fidelity(self, rank: int) -> None:
+        """The worst class of what this side's cache holds of the sequence (0 exact, 1 near, 2 compact), where the
+        prefix that it begins with is not exact. Before the first `advance` beyond that prefix."""
 
     def commit(self, handoff: pb.Handoff, remaining_s: float) -> CommitOutcome:
         """Sends the rest, then hands over. Blocks up to `remaining_s`. Raises TransferError."""

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from headrace.v1 import kvtransfer_pb2 as pb
+from kvtransfer.cache_sink import CacheSink
+from kvtransfer.choice import FixedCodec
 from kvtransfer.codecs import newest_codec
 from kvtransfer.codecs.memory import readable
+from kvtransfer.credit import DEFAULT_LANDING_BYTES, CreditBook
 from kvtransfer.desk import LeaseDesk
-from kvtransfer.frames import FrameHeader, LeaseRef, encode_frame
+from kvtransfer.frames import FrameHeader, LeaseRef, decode_opening, encode_frame, max_frame_bytes
 from kvtransfer.landing import FrameLander
 from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, Window
 from kvtransfer.lease_types import Grant, Lease, RequestId
@@ -27,8 +30,11 @@ from kvtransfer.transports.grpc_receive import BulkReceiver, KvTransferService, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvtransfer.choice import CodecChooser
     from kvtransfer.codecs import Codec
+    from kvtransfer.transports.grpc_receive import OpenSlots
     from kvtransfer.transports.seam import CommitOutcome
+    from kvtransfer.transports.slot_writing import OpenWriter
 
 GQA = CacheLayout(
     planes=(
@@ -138,26 +144,33 @@ class Receiver:
         layout: CacheLayout = GQA,
         *,
         pace: Callable[[int], None] | None = None,
-        on_commit: Callable[[bytes, pb.Handoff], None] | None = None,
+        on_commit: Callable[[bytes, pb.Handoff, int], None] | None = None,
         max_wait_s: float = 5.0,
+        landing_bytes: int = DEFAULT_LANDING_BYTES,
+        open_slots: OpenSlots | None = None,
+        store: PagedStore | None = None,
     ) -> None:
         self.epoch = secrets.randbits(64)
         self.lock = threading.RLock()
-        self.store = PagedStore(layout, seed=7)
+        self.store = store or PagedStore(layout, seed=7)
         self.table = LeaseTable(self.epoch, time.monotonic, secrets.token_bytes)
         self.desk = LeaseDesk(self.table, self.lock, self._reclaim)
-        self.lander = FrameLander(self.desk, self.store, layout, time.monotonic, pace)
+        sink = CacheSink(self.store, layout)
+        self.lander = FrameLander(self.desk, sink, layout, time.monotonic, pace)
+        self.credits = CreditBook(landing_bytes, max_frame_bytes(layout))
         self.committed: list[tuple[bytes, pb.Handoff]] = []
+        self.fidelities: list[int] = []
         self.reclaimed: list[bytes] = []
         self._service = KvTransferService(
-            self.desk, self.store, layout, on_commit or self._commit, time.monotonic, max_wait_s
+            self.desk, sink, layout, on_commit or self._commit, time.monotonic, max_wait_s
         )
+        self._open_slots = open_slots
         self.address = "127.0.0.1:0"
         self.server = self._serve()
 
     def _serve(self) -> grpc.Server:
         server = make_bulk_server(max_calls=16)
-        add_kv_services(server, BulkReceiver(self.lander), self._service)
+        add_kv_services(server, BulkReceiver(self.lander, self.credits, self._open_slots), self._service)
         self.address = f"127.0.0.1:{server.add_insecure_port(self.address)}"
         server.start()
         return server
@@ -175,9 +188,12 @@ class Receiver:
         ttl_s: float = 30.0,
         request: str = "r",
         attempt: int = 1,
+        fidelity: int = 0,
     ) -> Grant:
         with self.desk.change() as table:
-            grant = table.grant(RequestId("t", request), attempt, ttl_s=ttl_s, remaining_s=60.0)
+            grant = table.grant(
+                RequestId("t", request), attempt, ttl_s=ttl_s, remaining_s=60.0, fidelity=fidelity
+            )
             assert isinstance(grant, Grant)
             self.store.allocate(grant.lease_id, num_tokens)
             table.hold_prefix(grant.lease_id, start_token)
@@ -191,8 +207,9 @@ class Receiver:
     def close(self) -> None:
         self.server.stop(0).wait(5)
 
-    def _commit(self, lease_id: bytes, handoff: pb.Handoff) -> None:
+    def _commit(self, lease_id: bytes, handoff: pb.Handoff, fidelity: int) -> None:
         self.committed.append((lease_id, handoff))
+        self.fidelities.append(fidelity)
 
     def _reclaim(self, lease_ids: list[bytes]) -> None:
         for lease_id in lease_ids:
@@ -227,8 +244,11 @@ class Sender:
         start_token: int = 0,
         remaining_s: float = 30.0,
         codec: Codec | None = None,
+        chooser: CodecChooser | None = None,
+        wire: CacheLayout | None = None,
         ref: LeaseRef | None = None,
         options: PushOptions | None = None,
+        open_writer: OpenWriter | None = None,
     ) -> PushSession:
         return PushSession(
             channel=self.channel,
@@ -237,8 +257,10 @@ class Sender:
             remaining_s=remaining_s,
             cache=self.store,
             layout=self.layout,
-            codec=codec or newest_codec("raw"),
+            chooser=chooser or FixedCodec(codec or newest_codec("raw"), "the test's"),
             owner=self.OWNER,
+            wire=wire,
+            open_writer=open_writer,
             start_token=start_token,
             options=options or PushOptions(frame_bytes=4096),
         )
@@ -264,6 +286,8 @@ class Sender:
 
 
 def raw_push(channel: grpc.Channel, messages: list[bytes]) -> list[bytes]:
-    """Sends messages as they are and gives the acknowledgements."""
+    """Sends messages as they are and gives the acknowledgements, without the opening."""
     push = channel.stream_stream("/headrace.v1.KvBulk/Push")
-    return list(push(iter(messages), timeout=20.0))
+    opening, *acks = push(iter(messages), timeout=20.0)
+    decode_opening(opening)
+    return acks

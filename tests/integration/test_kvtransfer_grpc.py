@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 
 from headrace.v1 import kvtransfer_pb2 as pb
 from headrace.v1 import kvtransfer_pb2_grpc as pb_grpc
-from kvtransfer.frames import Ack, FrameHeader, FrameRecord, LeaseRef, decode_ack, encode_frame
+from kvtransfer.frames import (
+    Ack,
+    FrameHeader,
+    FrameRecord,
+    LeaseRef,
+    decode_ack,
+    decode_opening,
+    encode_frame,
+)
 from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, pieces_for
 from kvtransfer.lease_types import Grant, Landing, LeaseState, RequestId
 from kvtransfer.transports.grpc_channel import open_bulk_channel
@@ -426,7 +434,7 @@ def test_a_handoff_of_another_layout_or_version_is_refused(receiver: Receiver, s
 def test_a_decode_service_that_cannot_take_it_ends_the_lease(
     error: Exception, cause: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(lease_id: bytes, handoff: pb.Handoff) -> None:
+    def refuse(lease_id: bytes, handoff: pb.Handoff, fidelity: int) -> None:
         raise error
 
     receiver = Receiver(on_commit=refuse)
@@ -514,11 +522,11 @@ def test_after_an_abort_nothing_reads_the_senders_cache(receiver: Receiver, send
     reading, let_go = threading.Event(), threading.Event()
     gather = sender.store.gather
 
-    def slow_gather(owner: bytes, piece: Piece, wire: Plane) -> torch.Tensor:
+    def slow_gather(owner: bytes, piece: Piece, wire: Plane, out: torch.Tensor | None = None) -> torch.Tensor:
         reading.set()
         assert let_go.wait(10)
         finished.append(piece)
-        return gather(owner, piece, wire)
+        return gather(owner, piece, wire, out)
 
     finished: list[Piece] = []
     sender.store.gather = slow_gather  # type: ignore[method-assign]
@@ -609,6 +617,7 @@ def test_a_sender_that_vanishes_leaves_nothing_behind(receiver: Receiver, sender
 
     push = sender.channel.stream_stream("/headrace.v1.KvBulk/Push")
     call = push(one_frame_then_silence(), timeout=20.0)
+    assert decode_opening(next(call)).credit > 0
     assert decode_ack(next(call)).ok
     wait_until(lambda: bool(receiver.desk.tick() or receiver.reclaimed))
     assert receiver.reclaimed == [grant.lease_id]
@@ -700,9 +709,11 @@ def test_bytes_in_flight_are_bounded(sender: Sender) -> None:
     sizes: list[int] = []
     gather = sender.store.gather
 
-    def counting_gather(owner: bytes, piece: Piece, wire: Plane) -> torch.Tensor:
+    def counting_gather(
+        owner: bytes, piece: Piece, wire: Plane, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         sizes.append(piece.num_bytes(GQA))
-        return gather(owner, piece, wire)
+        return gather(owner, piece, wire, out)
 
     sender.store.gather = counting_gather  # type: ignore[method-assign]
     session = sender.session(receiver.grant(200), options=PushOptions(frame_bytes=4096, window_bytes=20_000))

@@ -37,7 +37,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nodes(model_dir: Path) -> Iterator[tuple[WorkerNode, WorkerNode, WorkerNode]]:
     """A prefill worker, a decode worker, and one that does both, for comparison."""
     with (
-        worker(model_dir, WorkerRole.PREFILL, max_prompts=8) as prefill,
+        worker(model_dir, WorkerRole.PREFILL, max_prompts=8, codec="raw") as prefill,
         worker(model_dir, WorkerRole.DECODE) as decode,
         worker(model_dir, WorkerRole.BOTH) as alone,
     ):

@@ -11,16 +11,22 @@ from hypothesis import strategies as st
 
 from kvtransfer.codecs import CODECS, Fidelity, UnknownCodec, find_codec, newest_codec
 from kvtransfer.frames import (
+    MAX_HEADER_BYTES,
     Ack,
     DamagedFrame,
     FrameHeader,
     LeaseRef,
+    Opening,
+    SlotRef,
     decode_ack,
     decode_frame,
+    decode_opening,
     encode_ack,
     encode_frame,
+    encode_opening,
+    max_frame_bytes,
 )
-from kvtransfer.layouts import Field, Paged, Piece, Plane
+from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane
 
 pytestmark = pytest.mark.unit
 
@@ -76,6 +82,51 @@ def test_the_format_is_the_one_written_in_the_proto() -> None:
         "d": ["float32"],
         "f": 0,
     }
+
+
+SLOT = SlotRef(1, 3, len(PAYLOAD))
+SLOT_MESSAGE, SLOT_CHECKSUM = encode_frame(HEADER, PAYLOAD, SLOT)
+
+
+def test_a_payload_in_a_slot_comes_back_whole_under_the_same_checksum() -> None:
+    """A frame may be sent again the other way: the manifest must not see it."""
+    asked: list[SlotRef] = []
+
+    def read_slot(ref: SlotRef) -> memoryview:
+        asked.append(ref)
+        return memoryview(PAYLOAD)
+
+    frame = decode_frame(SLOT_MESSAGE, read_slot)
+    assert asked == [SLOT]
+    assert (frame.header, bytes(frame.payload)) == (HEADER, PAYLOAD)
+    assert frame.checksum == SLOT_CHECKSUM == CHECKSUM
+    assert frame.wire_bytes == len(SLOT_MESSAGE) < 300
+
+
+def test_any_flipped_bit_of_a_frame_in_a_slot_or_of_the_slot_is_found() -> None:
+    """Where it is in the reference itself, another slot or length is read."""
+    slots = {(1, 3): PAYLOAD}
+
+    def read_slot(ref: SlotRef) -> memoryview:
+        return memoryview(slots.get(ref[:2], b"other")[: ref.num_bytes])
+
+    for bit in range(len(SLOT_MESSAGE) * 8):
+        damaged = bytearray(SLOT_MESSAGE)
+        damaged[bit // 8] ^= 1 << bit % 8
+        longer = int.from_bytes(damaged[-4:], "little") > len(PAYLOAD)
+        if longer and damaged[:-4] == SLOT_MESSAGE[:-4]:
+            continue  # a slot of that length is refused by whoever has the slots
+        with pytest.raises(DamagedFrame):
+            decode_frame(damaged, read_slot)
+    slots[1, 3] = PAYLOAD[:-1] + b"x"
+    with pytest.raises(DamagedFrame, match="checksum"):
+        decode_frame(SLOT_MESSAGE, read_slot)
+
+
+def test_a_frame_in_a_slot_is_refused_where_there_are_none() -> None:
+    for message in (SLOT_MESSAGE, SLOT_MESSAGE[:-1], SLOT_MESSAGE + b"x"):
+        with pytest.raises(DamagedFrame, match="without slots"):
+            decode_frame(message)
 
 
 def test_any_flipped_bit_is_found() -> None:
@@ -148,13 +199,47 @@ def test_random_headers_never_do_more_than_raise(header: bytes) -> None:
 @pytest.mark.parametrize(
     "ack",
     [
-        Ack(7, ok=True, landing_s=0.25),
+        Ack(7, ok=True, landing_s=0.25, credit=1 << 40),
         Ack(0, ok=False, cause="STALE_EPOCH", message="a: b: c"),
         Ack(None, ok=False, cause="DAMAGED_FRAME", message=""),
     ],
 )
 def test_an_acknowledgement_comes_back_whole(ack: Ack) -> None:
     assert decode_ack(encode_ack(ack)) == ack
+
+
+def test_a_long_refusal_is_shortened_so_that_it_arrives() -> None:
+    ack = decode_ack(encode_ack(Ack(7, ok=False, cause="LANDING_FAILED", message="\u20ac" * 100_000)))
+    assert ack.cause == "LANDING_FAILED"
+    assert ack.message.startswith("\u20ac" * 500)
+
+
+@pytest.mark.parametrize(
+    "opening", [Opening(0), Opening(1 << 40, ({"kind": "shm", "bytes": 7, "name": b"x"}, {"kind": "nixl"}))]
+)
+def test_an_opening_comes_back_whole(opening: Opening) -> None:
+    assert decode_opening(encode_opening(opening)) == opening
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"\xc0",
+        msgpack.packb({"c": 1}),
+        msgpack.packb({"c": -1, "offers": []}),
+        encode_ack(Ack(1, ok=True)),
+    ],
+)
+def test_a_wrong_opening_is_refused(message: bytes) -> None:
+    with pytest.raises(DamagedFrame):
+        decode_opening(message)
+
+
+def test_the_longest_message_holds_a_piece_and_every_header() -> None:
+    layout = CacheLayout((Plane("k", 2, Paged(1), 4, (Field("k", 8, "float32"),)),), 16)
+    assert max_frame_bytes(layout, 4096) >= 4096 + MAX_HEADER_BYTES
+    assert max_frame_bytes(layout, 100) >= layout.entry_bytes("k") + MAX_HEADER_BYTES
 
 
 @pytest.mark.parametrize("message", [b"", b"\x80", b"\xc0", msgpack.packb({"n": -1, "ok": True, "t": 0.0})])

@@ -143,3 +143,33 @@ def test_gaps_and_overlaps_are_named() -> None:
     assert "landed twice" in str(find_gap(GQA, [*pieces, pieces[3]], 0, 512))
     assert find_gap(GQA, pieces_for(GQA, range(64, 512)), 64, 512) is None
     assert find_gap(GQA, [], 512, 512) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    start=st.integers(0, 40),
+    length=st.integers(0, 80),
+    align_tokens=st.sampled_from([4, 8, 16, 64]),
+    target_bytes=st.integers(100, 40_000),
+)
+def test_aligned_pieces_tile_and_cross_no_block(
+    start: int, length: int, align_tokens: int, target_bytes: int
+) -> None:
+    planes = (
+        Plane("k", 3, Paged(1), 2, (Field("k", 8, "float32"),)),
+        Plane("latent", 3, Paged(4), 1, (Field("x", 8, "float32"),)),
+    )
+    layout = CacheLayout(planes, 16)
+    start -= start % 4
+    pieces = pieces_for(layout, range(start, start + length), target_bytes, align_tokens=align_tokens)
+    assert find_gap(layout, pieces, start, start + length) is None
+    for piece in pieces:
+        per_entry = layout.plane(piece.plane).kind.tokens_per_entry  # type: ignore[union-attr]
+        first, last = piece.entries.start * per_entry, (piece.entries.stop - 1) * per_entry
+        assert first // align_tokens == last // align_tokens
+
+
+def test_pieces_cannot_be_aligned_within_an_entry() -> None:
+    layout = CacheLayout((Plane("latent", 3, Paged(4), 1, (Field("x", 8, "float32"),)),), 16)
+    with pytest.raises(ValueError, match="no multiple"):
+        pieces_for(layout, range(16), align_tokens=6)

@@ -417,3 +417,25 @@ def test_every_change_raises_the_version() -> None:
         change()
         seen.append(desk.table.version)
     assert seen == sorted(set(seen))
+
+
+def test_a_lease_keeps_its_fidelity_bound_and_the_worst_that_landed() -> None:
+    desk = Desk()
+    grant = desk.table.grant(REQUEST, 2, ttl_s=5, remaining_s=60, fidelity=2)
+    assert isinstance(grant, Grant)
+    ref = LeaseRef(grant.lease_id, 2, SENDER, RECEIVER)
+    for number, (fidelity, landed) in enumerate([(0, True), (1, True), (2, False)]):
+        landing = desk.table.begin_landing(ref, number, RECORD)
+        assert isinstance(landing, Landing)
+        assert landing.fidelity == 2
+        desk.table.end_landing(landing, RECORD, PIECE, landed=landed, fidelity=fidelity)
+    ready = desk.table.check_commit(ref, {0: RECORD, 1: RECORD})
+    assert isinstance(ready, Ready)
+    assert ready.fidelity == 1  # the frame that was not written does not count
+
+
+def test_a_lease_allows_nothing_but_exact_unless_it_says_so() -> None:
+    desk = Desk()
+    landing = desk.table.begin_landing(desk.ref, 0, RECORD)
+    assert isinstance(landing, Landing)
+    assert landing.fidelity == 0

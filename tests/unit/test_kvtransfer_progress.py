@@ -92,3 +92,11 @@ def test_planes_of_unequal_depth_wait_for_the_whole_chunk() -> None:
     assert progress.take() == []
     progress.advance(8)
     assert records(progress.take()) == whole((5, 3), 0, 8)
+
+
+def test_no_piece_crosses_a_block_where_that_is_asked_for() -> None:
+    progress = PushProgress(layout(LAYERS), 3, 1 << 20, align_tokens=8)
+    progress.advance(21)
+    pieces = progress.take()
+    assert sorted({(p.entries.start, p.entries.stop) for p in pieces}) == [(3, 8), (8, 16), (16, 21)]
+    assert records(pieces) == whole((LAYERS,), 3, 21)

@@ -17,16 +17,31 @@ pytestmark = pytest.mark.unit
 BLOCK = 4
 
 
-def make(num_blocks: int, chunk_tokens: int = 8, max_sequences: int = 8) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks, BLOCK), chunk_tokens, max_sequences)
+def make(
+    num_blocks: int, chunk_tokens: int = 8, max_sequences: int = 8, tenant_share: float = 1.0
+) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks, BLOCK, tenant_share), chunk_tokens, max_sequences)
 
 
-def admit(scheduler: Scheduler, name: str, num_prompt: int, seed: int = 0) -> Sequence:
+def admit(
+    scheduler: Scheduler, name: str, num_prompt: int, seed: int = 0, bound: int = 0, tenant: str = ""
+) -> Sequence:
     rng = random.Random(seed)
     tokens = [rng.randrange(100) for _ in range(num_prompt)]
-    sequence = Sequence(0, name.encode(), 0, tokens, num_prompt, SamplingParams(), root_key=b"root")
+    sequence = Sequence(
+        0,
+        name.encode(),
+        0,
+        tokens,
+        num_prompt,
+        SamplingParams(),
+        root_key=b"root",
+        bound=bound,
+        tenant=tenant,
+    )
     keys = scheduler.prefix_keys(b"root", tokens)
-    hit = scheduler.pool.open(owner_of(sequence), keys, scheduler.pool.blocks_for(num_prompt + 1))
+    num_blocks = scheduler.pool.blocks_for(num_prompt + 1)
+    hit = scheduler.pool.open(owner_of(sequence), keys, num_blocks, bound=bound, tenant=tenant)
     assert hit is not None
     sequence.num_computed = hit * BLOCK
     scheduler.add(sequence)
@@ -100,6 +115,30 @@ def test_an_answer_without_room_takes_the_last_arrivals_blocks() -> None:
     assert [row.sequence for row in scheduler.schedule().rows] == [newer]
 
 
+@pytest.mark.parametrize(("bound", "resumes_at", "rank"), [(0, 0, 0), (1, 4, 1)])
+def test_a_preempted_sequence_comes_back_within_its_bound(bound: int, resumes_at: int, rank: int) -> None:
+    scheduler = make(8)
+    sequence = admit(scheduler, "a", 6, bound=bound)
+    run(scheduler, scheduler.schedule())
+    scheduler.pool.close(owner_of(sequence), forget=True)
+    sequence.num_computed, sequence.status = 0, SequenceStatus.PREEMPTED
+    scheduler.pool.open(b"landed", [], 1)
+    scheduler.pool.worsen(b"landed", 1)
+    scheduler.pool.seal(b"landed", scheduler.prefix_keys(b"root", sequence.tokens)[0])
+    assert rows(scheduler.schedule())[0] == ("a", resumes_at, 7 - resumes_at)
+    assert scheduler.pool.rank(owner_of(sequence)) == rank
+
+
+def test_a_tenant_at_its_share_makes_room_among_its_own() -> None:
+    scheduler = make(8, tenant_share=0.5)
+    first, second = (admit(scheduler, f"red{i}", 6, seed=i, tenant="red") for i in range(2))
+    other = admit(scheduler, "green", 14, seed=2, tenant="green")
+    while second.status is SequenceStatus.RUNNING:
+        run(scheduler, scheduler.schedule())
+    assert scheduler.num_preemptions == 1
+    assert [first.status, other.status] == [SequenceStatus.RUNNING] * 2
+
+
 def test_a_prompt_that_is_pushed_elsewhere_keeps_its_blocks() -> None:
     scheduler = make(3, chunk_tokens=4)
     answer = admit(scheduler, "a", 3)
@@ -116,19 +155,24 @@ def test_a_prompt_that_is_pushed_elsewhere_keeps_its_blocks() -> None:
     num_blocks=st.integers(4, 12),
     arrivals=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 6)), min_size=1, max_size=6),
     chunk_tokens=st.integers(1, 9),
+    divided=st.booleans(),
 )
 def test_every_sequence_ends_whatever_is_preempted(
-    num_blocks: int, arrivals: list[tuple[int, int]], chunk_tokens: int
+    num_blocks: int, arrivals: list[tuple[int, int]], chunk_tokens: int, divided: bool
 ) -> None:
-    scheduler = make(num_blocks, chunk_tokens)
+    # A share holds the longest sequence here: 17 tokens, and the block to grow into.
+    scheduler = (
+        make(num_blocks + 7, chunk_tokens, tenant_share=0.5) if divided else make(num_blocks, chunk_tokens)
+    )
     waiting = [(f"s{i}", prompt, answer) for i, (prompt, answer) in enumerate(arrivals)]
     ends: dict[str, int] = {}
     alive: list[Sequence] = []
     for _ in range(800):
-        if waiting and scheduler.pool.num_available > scheduler.pool.blocks_for(waiting[0][1] + 1):
+        tenant = ("red", "green", "blue")[len(waiting) % 3]
+        if waiting and scheduler.pool.room(tenant) > scheduler.pool.blocks_for(waiting[0][1] + 1):
             name, num_prompt, num_answer = waiting.pop(0)
             ends[name] = num_prompt + num_answer
-            alive.append(admit(scheduler, name, num_prompt, seed=len(waiting)))
+            alive.append(admit(scheduler, name, num_prompt, seed=len(waiting), tenant=tenant))
         plan = scheduler.schedule()
         assert sum(row.num_tokens for row in plan.rows if row.num_tokens > 1) <= chunk_tokens
         run(scheduler, plan)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from headrace.v1 import kvtransfer_pb2
-from kvtransfer.lease_types import RequestId
+from kvtransfer.frames import LeaseRef
+from kvtransfer.lease_types import Refusal, Refused, RequestId
 from kvtransfer.leases import LeaseTable
 from kvtransfer.transports.seam import HandoffRefused
-from worker.leasing import LeaseKeeper, NotReserved, Reservation
+from worker.leasing import NO_CAPACITY, LeaseKeeper, NotReserved
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +34,14 @@ class FakeEngine:
         self.stopped: list[bytes] = []
 
     def reserve(
-        self, lease_id: bytes, prompt: Sequence[int], num_choices: int, root_key: bytes
+        self,
+        lease_id: bytes,
+        prompt: Sequence[int],
+        num_choices: int,
+        root_key: bytes,
+        *,
+        bound: int,
+        tenant: str,
     ) -> int | None:
         if len(self.open) == CAPACITY:
             return None
@@ -48,6 +56,10 @@ class FakeEngine:
             self.open.remove(lease_id)
             self.released.append(lease_id)
 
+    def sealed_keys(self, lease_id: bytes) -> list[tuple[bytes, ...]]:
+        """Those of a lease that still has its blocks."""
+        return [(b"key of " + lease_id,)] if lease_id in self.open else []
+
 
 class Bench:
     """A keeper on a fake engine and a clock that a test turns."""
@@ -60,12 +72,21 @@ class Bench:
         self.keeper = LeaseKeeper(table, self.engine, TTL_S)  # type: ignore[arg-type]
         self.lost: dict[bytes, str] = {}
         self.keeper.on_lost = self.lost.__setitem__
+        self.cached: list[tuple[str, Sequence[bytes]]] = []
+        self.keeper.on_cached = lambda tenant, keys: self.cached.append((tenant, keys))
 
     def open(
         self, request: str, attempt: int = 1, remaining_s: float = 60.0, local: bool = False
-    ) -> Reservation | NotReserved:
+    ) -> bytes | None:
+        """A lease with blocks, or None."""
         name = RequestId("tenant", request)
-        return self.keeper.open(name, attempt, remaining_s, [1, 2, 3], 1, b"root", local=local)
+        lease_id = self.keeper.grant(name, attempt, remaining_s, local=local)
+        if isinstance(lease_id, NotReserved):
+            return None
+        if self.keeper.reserve(lease_id, [1, 2, 3], 1, b"root") is None:
+            self.keeper.release(lease_id, NO_CAPACITY)
+            return None
+        return lease_id
 
 
 @pytest.fixture
@@ -75,75 +96,105 @@ def bench() -> Bench:
 
 def test_a_lease_without_room_holds_nothing(bench: Bench) -> None:
     opened = [bench.open(str(number)) for number in range(CAPACITY + 1)]
-    assert isinstance(opened[-1], NotReserved)
-    assert (opened[-1].cause, opened[-1].retryable) == ("NO_CAPACITY", True)
+    assert opened[-1] is None
     assert bench.keeper.num_live == CAPACITY
 
 
 def test_an_older_attempt_is_refused_without_a_word_on_the_newer_one(bench: Bench) -> None:
     newer = bench.open("a", attempt=2)
-    older = bench.open("a", attempt=1)
-    assert isinstance(newer, Reservation)
+    older = bench.keeper.grant(RequestId("tenant", "a"), 1, 60.0, local=False)
     assert isinstance(older, NotReserved)
-    assert (older.cause, older.retryable) == ("STALE_ATTEMPT", False)
-    assert bench.engine.open == {newer.lease_id}
+    assert older.cause == "STALE_ATTEMPT"
+    assert bench.engine.open == {newer}
 
 
 def test_a_newer_attempt_gives_the_older_ones_blocks_back(bench: Bench) -> None:
     older, newer = bench.open("a", attempt=1), bench.open("a", attempt=2)
-    assert isinstance(older, Reservation)
-    assert isinstance(newer, Reservation)
-    assert bench.engine.open == {newer.lease_id}
-    assert bench.lost == {older.lease_id: "SUPERSEDED"}
+    assert older is not None
+    assert bench.engine.open == {newer}
+    assert bench.lost == {older: "SUPERSEDED"}
 
 
 def test_a_lease_that_nobody_renews_is_swept(bench: Bench) -> None:
     lease = bench.open("a")
-    assert isinstance(lease, Reservation)
+    assert lease is not None
     bench.now = TTL_S - 0.1
     bench.keeper.sweep()
     assert not bench.lost
     bench.now = TTL_S
     bench.keeper.sweep()
-    assert bench.lost == {lease.lease_id: "TTL"}
+    assert bench.lost == {lease: "TTL"}
     assert not bench.engine.open
 
 
 def test_a_running_lease_ends_at_its_deadline_only(bench: Bench) -> None:
     lease = bench.open("a", remaining_s=20.0, local=True)
-    assert isinstance(lease, Reservation)
+    assert lease is not None
     bench.now = 19.9
     bench.keeper.sweep()
     assert not bench.lost
     bench.now = 20.0
     bench.keeper.sweep()
-    assert bench.lost == {lease.lease_id: "DEADLINE_EXCEEDED"}
+    assert bench.lost == {lease: "DEADLINE_EXCEEDED"}
 
 
 def test_blocks_that_are_read_are_given_back_when_they_are_let_go(bench: Bench) -> None:
     lease = bench.open("a", local=True)
-    assert isinstance(lease, Reservation)
-    bench.keeper.hold(lease.lease_id)
-    bench.keeper.release(lease.lease_id, "CANCELLED")
-    assert lease.lease_id in bench.engine.stopped
-    assert (bench.engine.open, bench.keeper.num_live) == ({lease.lease_id}, 1)
-    bench.keeper.unhold(lease.lease_id)
+    assert lease is not None
+    bench.keeper.hold(lease)
+    bench.keeper.release(lease, "CANCELLED")
+    assert lease in bench.engine.stopped
+    assert (bench.engine.open, bench.keeper.num_live) == ({lease}, 1)
+    bench.keeper.unhold(lease)
     assert (bench.engine.open, bench.keeper.num_live) == (set(), 0)
 
 
 def test_letting_go_of_a_running_lease_ends_nothing(bench: Bench) -> None:
     lease = bench.open("a", local=True)
-    assert isinstance(lease, Reservation)
-    bench.keeper.hold(lease.lease_id)
-    bench.keeper.unhold(lease.lease_id)
-    assert bench.engine.open == {lease.lease_id}
-    bench.keeper.release(lease.lease_id)
+    assert lease is not None
+    bench.keeper.hold(lease)
+    bench.keeper.unhold(lease)
+    assert bench.engine.open == {lease}
+    bench.keeper.release(lease)
     assert not bench.engine.open
 
 
 def test_a_worker_that_does_not_decode_refuses_a_commit(bench: Bench) -> None:
     with pytest.raises(HandoffRefused, match="does not decode"):
-        bench.keeper.commit(b"lease", kvtransfer_pb2.Handoff())
+        bench.keeper.commit(b"lease", kvtransfer_pb2.Handoff(), 0)
+
+
+def test_a_lease_that_has_ended_gets_no_blocks(bench: Bench) -> None:
+    name = RequestId("tenant", "a")
+    lease = bench.keeper.grant(name, 1, 60.0, local=True)
+    assert isinstance(lease, bytes)
+    bench.keeper.cancel(name, 1, "CANCELLED")
+    assert bench.keeper.reserve(lease, [1, 2, 3], 1, b"root") is None
+    assert not bench.engine.open
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_what_stays_cached_is_told_once_when_the_blocks_are_given_back(bench: Bench, hold: bool) -> None:
+    lease = bench.open("a", local=True)
+    assert lease is not None
+    if hold:
+        bench.keeper.hold(lease)
+    bench.keeper.release(lease)
+    assert len(bench.cached) == (0 if hold else 1)
+    bench.keeper.unhold(lease)
+    bench.keeper.release(lease)
+    assert bench.cached == [("tenant", (b"key of " + lease,))]
+
+
+def test_a_fetch_takes_frames_from_its_source_alone(bench: Bench) -> None:
+    lease = bench.keeper.grant(RequestId("tenant", "fetch"), 1, 60.0, local=False, peer_epoch=77)
+    assert isinstance(lease, bytes)
+    with bench.keeper.desk.change() as table:
+        refused = table.renew(LeaseRef(lease, 1, 78, 1))
+        taken = table.renew(LeaseRef(lease, 1, 77, 1))
+    assert isinstance(refused, Refused)
+    assert refused.refusal is Refusal.STALE_EPOCH
+    assert not isinstance(taken, Refused)
 
 
 class AnyInterleaving(RuleBasedStateMachine):
@@ -158,11 +209,11 @@ class AnyInterleaving(RuleBasedStateMachine):
     @rule(request=st.sampled_from("abc"), attempt=st.integers(1, 4), local=st.booleans(), hold=st.booleans())
     def open(self, request: str, attempt: int, local: bool, hold: bool) -> None:
         opened = self.bench.open(request, attempt, remaining_s=20.0, local=local)
-        if isinstance(opened, Reservation) and opened.lease_id not in self.leases:
-            self.leases.append(opened.lease_id)
+        if opened is not None and opened not in self.leases:
+            self.leases.append(opened)
             if hold:
-                self.bench.keeper.hold(opened.lease_id)
-                self.held.add(opened.lease_id)
+                self.bench.keeper.hold(opened)
+                self.held.add(opened)
 
     @rule(request=st.sampled_from("abc"), attempt=st.integers(1, 4))
     def cancel(self, request: str, attempt: int) -> None:

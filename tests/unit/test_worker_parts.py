@@ -17,7 +17,13 @@ from worker.affinity import pin_current_thread
 from worker.config import WorkerConfig, WorkerRole
 from worker.idle_check import IdleCheck
 from worker.pacing import LandingPace
-from worker.wire import first_tokens_from_wire, first_tokens_to_wire, sampling_params
+from worker.wire import (
+    MalformedTask,
+    check_task,
+    first_tokens_from_wire,
+    first_tokens_to_wire,
+    sampling_params,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -160,9 +166,10 @@ class IdleWorker:
 
     def __init__(self) -> None:
         self.private = self.pins = self.num_leases = self.num_live = self.num_requests = 0
+        self.is_moving = False
         self.lock = threading.RLock()
         self.pool = SimpleNamespace(stats=lambda: SimpleNamespace(private=self.private, pins=self.pins))
-        self.check = IdleCheck(self, [self], [self])  # type: ignore[arg-type, list-item]
+        self.check = IdleCheck(self, [self], [self], lambda: self.is_moving)  # type: ignore[arg-type, list-item]
 
 
 @pytest.mark.parametrize("leak", ["private", "pins", "num_leases", "num_live"])
@@ -194,6 +201,18 @@ def test_what_a_request_holds_is_no_violation() -> None:
     assert worker.check.num_violations == 0
 
 
+def test_what_is_served_or_written_back_is_no_violation_until_that_ends() -> None:
+    worker = IdleWorker()
+    worker.pins, worker.is_moving = 2, True
+    for _ in range(3):
+        worker.check.run()
+    assert worker.check.num_violations == 0
+    worker.is_moving = False
+    worker.check.run()
+    worker.check.run()
+    assert worker.check.num_violations == 1
+
+
 # --- words on the wire -------------------------------------------------------------------------
 
 
@@ -213,6 +232,29 @@ def test_fields_left_out_take_the_contracts_defaults() -> None:
     assert (params.temperature, params.top_p, params.repetition_penalty) == (1.0, 1.0, 1.0)
     assert (params.top_k, params.min_p, params.presence_penalty, params.frequency_penalty) == (0, 0, 0, 0)
     assert (params.max_tokens, params.n, params.logprobs) == (3, 1, None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt_token_ids": []},
+        {"prompt_token_ids": [7, 300]},
+        {"prompt_token_ids": [1] * 64},
+        {"sampling": inference_pb2.SamplingParams(max_tokens=0)},
+        {"sampling": inference_pb2.SamplingParams(max_tokens=1, n=9)},
+        {"fidelity": "perfect"},
+    ],
+)
+def test_a_task_that_no_worker_can_run_is_refused(wrong: dict[str, object]) -> None:
+    engine = SimpleNamespace(max_context=64, max_sequences=8, config=SimpleNamespace(vocab_size=300))
+    good: dict[str, object] = {
+        "prompt_token_ids": [7, 299],
+        "sampling": inference_pb2.SamplingParams(max_tokens=1),
+        "fidelity": "near",
+    }
+    check_task(worker_pb2.GenerationTask(**good), engine)  # type: ignore[arg-type]
+    with pytest.raises(MalformedTask):
+        check_task(worker_pb2.GenerationTask(**{**good, **wrong}), engine)  # type: ignore[arg-type]
 
 
 def test_zero_is_not_the_same_as_left_out() -> None:

@@ -49,7 +49,7 @@ class ManifestEntry(_message.Message):
     def __init__(self, frame: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Handoff(_message.Message):
-    __slots__ = ("key", "num_tokens", "first_tokens", "codec", "handoff_major", "layout", "sampler_state", "penalty_boundary", "identity")
+    __slots__ = ("key", "num_tokens", "first_tokens", "codec", "handoff_major", "layout", "sampler_state", "penalty_boundary", "codec_reason", "identity")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class Handoff(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_STATE_FIELD_NUMBER: _ClassVar[int]
     PENALTY_BOUNDARY_FIELD_NUMBER: _ClassVar[int]
+    CODEC_REASON_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     key: _worker_pb2.RequestKey
     num_tokens: int
@@ -67,8 +68,9 @@ class Handoff(_message.Message):
     layout: str
     sampler_state: bytes
     penalty_boundary: int
+    codec_reason: str
     identity: str
-    def __init__(self, key: _Optional[_Union[_worker_pb2.RequestKey, _Mapping]] = ..., num_tokens: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., codec: _Optional[str] = ..., handoff_major: _Optional[int] = ..., layout: _Optional[str] = ..., sampler_state: _Optional[bytes] = ..., penalty_boundary: _Optional[int] = ..., identity: _Optional[str] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[_worker_pb2.RequestKey, _Mapping]] = ..., num_tokens: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., codec: _Optional[str] = ..., handoff_major: _Optional[int] = ..., layout: _Optional[str] = ..., sampler_state: _Optional[bytes] = ..., penalty_boundary: _Optional[int] = ..., codec_reason: _Optional[str] = ..., identity: _Optional[str] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("choice", "token_id", "logprobs", "finished")

@@ -10,13 +10,15 @@ Method `/headrace.v1.KvBulk/Push`, stream to stream of raw messages (no protobuf
 A message up is one frame:
 
   offset  size  field
-  0       4     magic "HRF1"
-  4       8     xxh3-64 of everything from offset 12 on, unsigned little endian
+  0       4     magic "HRF1", or "HRS1" where the payload lies in a landing slot
+  4       8     xxh3-64 of header length, header and payload, unsigned little endian
   12      4     header length H in bytes, at most 1024, unsigned little endian
   16      H     header, msgpack map with the keys below; unknown keys are ignored
-  16+H    ...   payload, about 1 MiB
+  16+H    ...   payload, about 1 MiB; of "HRS1" 12 bytes instead: number of the offer (4), slot (4), length of
+                the payload (4), unsigned little endian
 
-The checksum covers the header: a flipped bit in a range would land good bytes in a wrong place.
+The checksum covers the header: a flipped bit in a range would land good bytes in a wrong place. It is the
+same whichever way the payload takes, so that a frame may be sent again inline that was in a slot before.
 
   key  type   meaning
   "l"  bin16  lease id
@@ -37,13 +39,79 @@ The checksum covers the header: a flipped bit in a range would land good bytes i
 Payload before the codec: the piece in canonical order [layer, entry, head, field], fields in
 layout order, little endian, no padding.
 
-A message down is one acknowledgement, a msgpack map: {"n": frame number, nil where a damaged frame
-does not tell; "ok": bool; "w": "CAUSE: message" where it did not land; "t": seconds from receipt to
-landed}. Every frame is acknowledged once, in the order it was sent. Bytes in flight are bounded by
-HTTP/2 flow control and the sender's window. A repeated frame is acknowledged again and lands once. A
-frame of an older attempt or another epoch is refused and counted. A damaged frame (DAMAGED_FRAME) is
-refused: the lease stays, and the sender may send it again; so is one that is being written at this
-moment by a repeat (FRAME_LANDING). Every other refusal is final for the transfer.
+The first message down opens the stream, a msgpack map: {"c": uint, the credit to begin with; "offers": a
+list of maps, one for each kind of landing slots that the receiver offers, in its order of preference; key
+"kind" names the carrier, the rest is the carrier's}. At most 256 KiB.
+
+Every other message down is one acknowledgement, a msgpack map: {"n": frame number, nil where a damaged
+frame does not tell; "ok": bool; "w": "CAUSE: message" where it did not land; "t": seconds from receipt to
+landed; "c": uint, credit}. Every frame is acknowledged once, in the order it was sent.
+
+Credit is how many bytes of messages, with payloads in slots, this stream may have in flight from now on:
+sent and not acknowledged. It may fall; nothing that is in flight is taken back. One frame may always be in
+flight, also before the opening has come and where it is longer than the credit. A receiver has no more
+streams than it can promise a frame each; one more is refused with RESOURCE_EXHAUSTED and may try again.
+
+A sender that can open an offer may put payloads into its slots: it fills a free slot, makes it visible
+(the carrier's fence), and sends the frame with magic "HRS1". The slot is free again when that frame is
+acknowledged. A slot that is not there, or cannot be read, is a damaged frame. Whoever cannot or no longer
+use a carrier sends the payload inline; both kinds of frames may follow each other in one stream.
+
+An empty message is the sender's last word: every frame is acknowledged, and it writes into no slot any
+more. Slots of a stream that ends without it, or whose carrier failed, are not used for another stream.
+
+A repeated frame is acknowledged again and lands once. A frame of an older attempt or another epoch is
+refused and counted. A damaged frame (DAMAGED_FRAME) is refused: the lease stays, and the sender may send it
+again; so is one that is being written at this moment by a repeat (FRAME_LANDING). Every other refusal is
+final for the transfer; so is FIDELITY_EXCEEDED: the worst of "f", the codec's class and a conversion of
+dtypes is more than the lease allows.
+
+FETCH, version 1
+
+Method `/headrace.v1.KvBulk/Fetch`, stream to stream of raw messages: a worker (the asker) pulls cached
+blocks from another worker, or from a tier (the answerer), into a lease of its own. It is Push turned
+round: frames come down in the format above, acknowledgements go up, and the asker is the receiver.
+
+Up: the request, then an opening as a receiver of Push sends it (landing slots offered in it are not
+taken up in this version), then one acknowledgement for every frame, in order, each with the credit that
+holds from then on. Down: frames, then one closing word. The answerer keeps its frames in flight within
+the credit and a window of its own; one frame may always go. It sends again what was refused as damaged,
+at most 8 times.
+
+Request and closing word have an envelope of their own:
+
+  offset  size  field
+  0       4     magic, "HRQ1" of a request, "HRE1" of a closing word
+  4       8     xxh3-64 of everything from offset 12 on, unsigned little endian
+  12      ...   msgpack map; unknown keys are ignored
+
+  request  type     meaning
+  "l" "a" "s" "r"   the asker's lease as in a frame: "s" is the answerer's epoch, "r" the asker's
+  "k"      bin      keys of the blocks asked for, 16 bytes each, at most 65,536; a leading run is served
+  "b"      uint     place of the first of them in the sequence, in blocks; entries of frames count from
+                    the beginning of the asker's sequence
+  "t"      uint     tokens of a block
+  "y"      str      identity of the asker's layout
+  "d"      [[str]]  dtypes that the asker stores, by plane and field
+  "f"      uint     worst fidelity class that it takes, codecs and conversions included
+  "o"      [[str, uint]]  codecs that it decodes, by name and version
+
+  closing  type     meaning
+  "n"      uint     blocks served: the leading "n" keys of the request, whole
+  "m"      bin      manifest: for every frame from number 0 on, 12 bytes: raw length (4) and checksum
+                    (8, as in the frame), unsigned little endian
+  "w"      str      instead of both: "CAUSE: message", why nothing is served; what came is of no use
+
+Only planes with blocks travel; windows belong to a position, not to a block. A key is the permission to
+read what it names. The call must have a deadline of at most 600 s. Causes of the answerer: BAD_REQUEST,
+STALE_EPOCH (it has started anew), NO_BLOCKS, LAYOUT_MISMATCH, DTYPE_MISMATCH, FIDELITY_EXCEEDED,
+NO_COMMON_CODEC, READ_FAILED, ASKER_STALLED, or the cause with which a frame was refused for good. More
+fetches at once than it lets in fail with RESOURCE_EXHAUSTED.
+
+Side effects: on the answerer the blocks are pinned until the stream is over, however it ends, and nothing
+else changes; on the asker memory of the one lease, which it commits itself when what landed is exactly
+what the closing word says, or aborts. Idempotent: it only reads; a repeat, with a new lease, reads again.
+A retry is safe. A stream that breaks is not taken up again: computing the blocks is the other way.
 """
 
 from collections import abc as _abc

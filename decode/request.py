@@ -1,0 +1,110 @@
+"""One request on a decode worker, what its handoff must say, and the messages made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from decode.answers import Answer
+from engine.request import SamplingParams
+from headrace.v1 import kvtransfer_pb2, worker_pb2
+from kvtransfer.transports.seam import HandoffRefused
+from worker.facts import identity_digest
+from worker.link import RouterLink
+from worker.prefixes import Brought, PrefixFetch
+from worker.service import WorkerContext
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A lease and an answer. `bound`: the worst fidelity rank that it takes. Times are of the loop's clock."""
+
+    key: worker_pb2.RequestKey
+    link: RouterLink
+    lease_id: bytes
+    bound: int
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    answer: Answer
+    local_prefill: bool
+    deadline: float
+    generation: int = field(init=False)
+    fetch: PrefixFetch | None = None
+    brought: Brought = field(default_factory=Brought)
+    cached_tokens: int | None = None
+    """Of the prompt, what its blocks held when it got them; None until then."""
+    began: float = 0.0
+    """When it got its blocks."""
+    decoding: bool = False
+    control: list[worker_pb2.WorkerMessage] = field(default_factory=list)
+    """Sent already; sent again when the router asks again."""
+
+    def __post_init__(self) -> None:
+        """It was heard of now."""
+        self.generation = self.link.generation
+
+    @property
+    def stage(self) -> str:
+        """Where it is, in the words of a failure."""
+        if self.decoding:
+            return "decode"
+        if self.cached_tokens is None:
+            return "reserve"
+        return "prefill" if self.local_prefill else "transfer"
+
+    def hear(self, link: RouterLink) -> None:
+        """The router spoke of this request."""
+        self.link = link
+        self.generation = link.generation
+
+    def send(self, message: worker_pb2.WorkerMessage) -> None:
+        """To its router, and again when the router asks again."""
+        self.control.append(message)
+        self.link.send(message)
+
+
+def check_handoff(request: Request, handoff: kvtransfer_pb2.Handoff, context: WorkerContext) -> None:
+    """Raises HandoffRefused where a record is not of the request, or of another kind of worker."""
+    if handoff.identity != identity_digest(context.identity):
+        text = "weights, tokenizer, arithmetic or layout of the two workers differ"
+        raise HandoffRefused("IDENTITY_MISMATCH", text)
+    facts = (
+        ("request", handoff.key, request.key),
+        ("number of prompt tokens", handoff.num_tokens, len(request.prompt)),
+        ("number of first tokens", len(handoff.first_tokens), request.sampling.n),
+        ("penalty boundary", handoff.penalty_boundary, len(request.prompt)),
+    )
+    for name, given, expected in facts:
+        if given != expected:
+            raise HandoffRefused("HANDOFF_MISMATCH", f"the handoff's {name} is not the lease's")
+
+
+def reserved(request: Request, context: WorkerContext) -> worker_pb2.WorkerMessage:
+    """The word to the router once a request has blocks."""
+    return worker_pb2.WorkerMessage(
+        reserved=worker_pb2.Reserved(
+            key=request.key,
+            lease_id=request.lease_id,
+            decode_epoch=context.epoch,
+            kv_address=context.kv_address,
+            cached_tokens=request.cached_tokens,
+            ttl_s=context.leases.ttl_s,
+            kv_dtypes=[each.dtype for plane in context.engine.layout.planes for each in plane.fields],
+        )
+    )
+
+
+def prefilled_here(request: Request, now: float) -> worker_pb2.WorkerMessage:
+    """The word to the router once a prompt has been computed on this worker."""
+    cached = request.cached_tokens or 0
+    return worker_pb2.WorkerMessage(
+        prefill_finished=worker_pb2.PrefillFinished(
+            key=request.key,
+            prefill_s=now - request.began,
+            cached_tokens=cached,
+            computed_tokens=len(request.prompt) - cached,
+            fetched_tokens=min(request.brought.num_tokens, cached),
+            fetched_from=request.brought.source,
+            fetch_s=request.brought.fetch_s,
+        )
+    )
