@@ -156,7 +156,7 @@ def handoff_record(prompt: Prompt, context: WorkerContext, first: Sequence[Drawn
         key=prompt.key,
         num_tokens=len(prompt.token_ids),
         first_tokens=first_tokens_to_wire(first),
-        codec=main_codec(stats),
+        codec=stats.codec,
         codec_reason=stats.reason,
         handoff_major=HANDOFF_MAJOR,
         layout=context.engine.layout.identity(),
@@ -183,12 +183,7 @@ def prefill_finished(prompt: Prompt, stats: PushStats, now: float) -> worker_pb2
             fetched_tokens=min(prompt.brought.num_tokens, prompt.cached_tokens),
             fetched_from=prompt.brought.source,
             fetch_s=prompt.brought.fetch_s,
-            codec=main_codec(stats),
+            codec=stats.codec,
             codec_reason=stats.reason,
         )
     )
-
-
-def main_codec(stats: PushStats) -> str:
-    """The codec that most bytes travelled in; empty where none did."""
-    return max(stats.codecs, key=lambda name: stats.codecs[name], default="")

@@ -307,6 +307,7 @@ class PrefillService:
         """Nothing reads the prompt's blocks any more."""
         self._closing.discard(prompt.lease_id)
         self._leases.unhold(prompt.lease_id)
+        self._context.kv.counters.note_push(prompt.push.stats())
         error = prompt.push.error
         self._channels.release(*prompt.peer, failed=error is not None and error.cause in _BROKEN_PEER)
         self._context.changed()

@@ -89,6 +89,7 @@ def worker_report(
     state: worker_pb2.WorkerState,
     num_leases: int,
     refused_stale: int,
+    kv: worker_pb2.KvReport,
 ) -> worker_pb2.WorkerReport:
     """Load and room of now."""
     with engine.lock:
@@ -108,6 +109,7 @@ def worker_report(
             refused_stale=refused_stale,
             preemptions=scheduler.num_preemptions,
             steps=counters.steps,
+            kv=kv,
         )
 
 

@@ -29,6 +29,7 @@ from kvtransfer.transports.grpc_receive import BulkReceiver, KvTransferService, 
 from kvtransfer.transports.grpc_serve import FetchServer
 from worker.auth import ClusterTokenInterceptor
 from worker.config import WorkerConfig
+from worker.kv_counters import KvCounters
 from worker.leasing import LeaseKeeper
 from worker.servers import join_address
 
@@ -44,6 +45,7 @@ class KvParts:
         self.engine = engine
         self.config = config
         self.clock = time.monotonic
+        self.counters = KvCounters()
         self.speeds = LoadSpeeds(self.clock)
         book = SpeedBook(self.clock)
         busy = BusyCores(config.service_cpus, lambda: book.encode_s, self.clock)

@@ -126,7 +126,14 @@ class WorkerNode:
             self._state,
             num_leases=sum(keeper.num_live for keeper in self._keepers),
             refused_stale=sum(counter.stale for counter in counters),
+            kv=self._kv_report(),
         )
+
+    def _kv_report(self) -> worker_pb2.KvReport:
+        report = self.kv.counters.report()
+        if self._write_back is not None:
+            report.write_backs_dropped = self._write_back.num_dropped
+        return report
 
     @property
     def healthy(self) -> bool:

@@ -95,8 +95,14 @@ class SourceFinder:
             return None
         name, layout = holder.address, self._engine.layout
         num_bytes = layout.num_bytes((end_block - num_here) * self._block_tokens)
-        part = self._part(name, end_block, num_bytes, self._kv.speeds.bytes_per_s(name))
+        part = self._part(name, end_block, num_bytes, self._speed_of(holder))
         return self._judged(holder.epoch, holder.channel, part, num_here)
+
+    def _speed_of(self, holder: Holder) -> float | None:
+        """As fetches from it went; before the first one, as pushes to it went, in the other direction."""
+        measured = self._kv.speeds.bytes_per_s(holder.address)
+        link = self._kv.choosers.link((holder.address, holder.epoch)).view()
+        return measured if measured is not None or link is None else link.bytes_per_s
 
     def _store(self, wanted: Wanted, num_here: int) -> Source | None:
         store, keys = self._kv.store, wanted.keys[num_here : num_here + MAX_FETCH_KEYS]

@@ -125,6 +125,7 @@ class PrefixFetch:
             return Brought(fetch_s=self._clock() - self._began_at)
         num_tokens, reason = self._loading.load(self._wanted, source, self._attach)
         name = source.name if num_tokens else ""
+        self._loading.count(source, num_tokens)
         return Brought(num_tokens, name, self._clock() - self._began_at, reason)
 
     def cancel(self) -> None:
@@ -152,6 +153,10 @@ class _Loading:
         self._leases = leases
         self._target = kv.target(leases)
         self._current_epoch = current_epoch
+
+    def count(self, source: Source, num_tokens: int) -> None:
+        """For the worker's reports."""
+        self._kv.counters.note_fetch(STORE if source.name == STORE else "worker", num_tokens)
 
     def load(self, wanted: Wanted, source: Source, attach: Callable[[FetchSession], None]) -> tuple[int, str]:
         """Tokens that are cached here now, of those that `source` has, and why so many."""

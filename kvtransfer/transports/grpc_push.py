@@ -330,9 +330,7 @@ class PushSession:
                 self._num_reading -= 1
                 if task.place is not None:
                     task.place.slots.filled(task.number)
-                if (
-                    self._stopped.is_set()
-                ):  # an abort may wait for this; a commit need not wake for every frame
+                if self._stopped.is_set():  # an abort may wait; a commit need not wake for every frame
                     self._quiet.notify_all()
         with self._lock:
             if task.place is not None and failed is not None:

@@ -288,8 +288,52 @@ class AttemptFailed(_message.Message):
     error: _inference_pb2.ErrorDetail
     def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., error: _Optional[_Union[_inference_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
+class KvReport(_message.Message):
+    __slots__ = ("pushed_bytes_by_codec", "pushed_bytes_by_carrier", "pushed_wire_bytes", "last_reason_by_codec", "fetched_tokens_by_source", "write_backs_dropped")
+    class PushedBytesByCodecEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PushedBytesByCarrierEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class LastReasonByCodecEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class FetchedTokensBySourceEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PUSHED_BYTES_BY_CODEC_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_BYTES_BY_CARRIER_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAST_REASON_BY_CODEC_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_BY_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    WRITE_BACKS_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    pushed_bytes_by_codec: _containers.ScalarMap[str, int]
+    pushed_bytes_by_carrier: _containers.ScalarMap[str, int]
+    pushed_wire_bytes: int
+    last_reason_by_codec: _containers.ScalarMap[str, str]
+    fetched_tokens_by_source: _containers.ScalarMap[str, int]
+    write_backs_dropped: int
+    def __init__(self, pushed_bytes_by_codec: _Optional[_Mapping[str, int]] = ..., pushed_bytes_by_carrier: _Optional[_Mapping[str, int]] = ..., pushed_wire_bytes: _Optional[int] = ..., last_reason_by_codec: _Optional[_Mapping[str, str]] = ..., fetched_tokens_by_source: _Optional[_Mapping[str, int]] = ..., write_backs_dropped: _Optional[int] = ...) -> None: ...
+
 class WorkerReport(_message.Message):
-    __slots__ = ("state", "running_sequences", "waiting_sequences", "queued_prefill_tokens", "free_blocks", "private_blocks", "cached_blocks", "pins", "leases", "step_s", "refused_stale", "preemptions", "steps")
+    __slots__ = ("state", "running_sequences", "waiting_sequences", "queued_prefill_tokens", "free_blocks", "private_blocks", "cached_blocks", "pins", "leases", "step_s", "refused_stale", "preemptions", "steps", "kv")
     STATE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +347,7 @@ class WorkerReport(_message.Message):
     REFUSED_STALE_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     running_sequences: int
     waiting_sequences: int
@@ -316,4 +361,5 @@ class WorkerReport(_message.Message):
     refused_stale: int
     preemptions: int
     steps: int
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., private_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., pins: _Optional[int] = ..., leases: _Optional[int] = ..., step_s: _Optional[float] = ..., refused_stale: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+    kv: KvReport
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., private_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., pins: _Optional[int] = ..., leases: _Optional[int] = ..., step_s: _Optional[float] = ..., refused_stale: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., kv: _Optional[_Union[KvReport, _Mapping]] = ...) -> None: ...
