@@ -69,12 +69,15 @@ class CodecChoosers:
         layout: CacheLayout,
         spoken: Collection[tuple[str, int]] | None = None,
         total_bytes: int | None = None,
+        shares_memory: bool = False,
     ) -> CodecChooser:
         """For one transfer to `peer` (address and epoch) of a cache of `layout`, in the dtypes that travel.
 
         `name`: "auto" or a codec. `bounds`: fidelity classes of profile and request, the strictest counts; empty ones
         are no bound. `spoken`: (name, version) of the codecs that the peer decodes; None where it is of this build.
         `total_bytes`: raw bytes that the transfer will have, where the prompt is still being computed.
+        `shares_memory`: the peer is on this machine. Then `auto` takes what costs least, since both ends' work comes
+        out of the same cores and memory is faster than any codec.
 
         A codec that may not be taken gives way to the best exact one, and the reasons say so. Raises UnknownCodec, or
         ValueError for a bound that is no fidelity class, or where the two sides have no exact codec in common.
@@ -95,6 +98,11 @@ class CodecChoosers:
         allowed = [codec for codec in common if bound.allows(codec.fidelity)]
         if not allowed:
             raise ValueError(f"no codec within fidelity {bound} is spoken by both this worker and {peer[0]}")
+        if shares_memory:
+            cheapest = allowed[0]
+            return FixedCodec(
+                cheapest, f"{preface}{cheapest.name}: through shared memory, faster than any codec"
+            )
         return AutoCodec(
             allowed,
             dtype=dtype_label(layout),

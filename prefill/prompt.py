@@ -139,6 +139,7 @@ def open_push(
             peer=peer_of(message),
             layout=wire,
             total_bytes=wire.num_bytes(missing_tokens),
+            shares_memory=kv.sending_carriers.shares_memory(lease.kv_address),
         ),
         owner=lease_id,
         start_token=lease.cached_tokens,

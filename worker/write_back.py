@@ -193,6 +193,7 @@ class WriteBack:
                 (Fidelity.EXACT,),  # a block in a tier is as good as it is here
                 peer=(self._store.address, granted.lease.receiver_epoch),
                 layout=layout,
+                shares_memory=True,
             ),
             owner=owner,
             start_token=granted.start_block * layout.block_tokens,

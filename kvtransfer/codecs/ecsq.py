@@ -29,13 +29,12 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 
 import torch
 
 from kvtransfer.codecs.base import Fidelity
 from kvtransfer.codecs.fieldwise import FieldBox, FieldwiseCodec
-from kvtransfer.codecs.nibbles import ESCAPE, checked_positions, escape_positions, pack_pairs, read_pairs
+from kvtransfer.codecs.nibbles import ESCAPE, Escaped, escape_positions, pack_pairs, read_pairs
 from kvtransfer.codecs.parts import Part, parts
 from kvtransfer.codecs.sink import put_sink, read_sink, restore_sink
 from kvtransfer.codecs.split import SplitCoder
@@ -49,6 +48,7 @@ _ZERO = 7
 _MOST_STEPS = 30_000  # q and offset travel as int16
 _K_ZERO, _K_PER_OCTAVE, _K_MAX = 128, 4, 255
 _MAX_ESCAPES = 1 / 16  # of all numbers; beyond, the numbers are not what this codec is for
+_LEAST_NORM = 2.0**-60
 _FLOAT16_RANGE = (torch.finfo(torch.float16).min, torch.finfo(torch.float16).max)
 _U32 = struct.Struct("<I")
 
@@ -58,150 +58,128 @@ class EcsqCoder:
 
     def encode(self, values: torch.Tensor, box: FieldBox, out: StreamWriter) -> bool:
         values = put_sink(values, box, out)
-        codes = torch.empty((box.rows, box.columns), dtype=torch.uint8, device=values.device)
-        grid = (_count_by_channel if box.per_channel else _count_by_token)(values, box, codes)
+        grid = _channel_grid(values, box) if box.per_channel else _TokenGrid(values, box)
         if grid is None:
             return False
-        escapes = escape_positions(codes)
-        if len(escapes) > box.numel * _MAX_ESCAPES:
-            return False
-        escaped = grid.at(escapes, box).count(values.view(-1)[escapes].to(torch.float32))
-        if bool((escaped.abs() > _MOST_STEPS).any()):
-            return False
-        side = [grid.k] if grid.offset is None else [grid.k, grid.offset.to(torch.int16)]
+        codes = torch.empty((box.rows, box.columns), dtype=torch.uint8, device=values.device)
+        escaped = []
+        for part in parts(box, values.device):
+            places = grid.place(values[part.layers, part.entries].to(torch.float32, copy=True), part)
+            # Not a number becomes 0 or -128 as an integer; 0, 16 and -128 all become ESCAPE.
+            small = places.clamp(0, ESCAPE + 1).to(torch.int8).view(torch.uint8).view(-1, box.columns)
+            torch.bitwise_and(small.sub_(1), ESCAPE, out=codes[part.rows])
+            escaped.append(places.view(-1)[escape_positions(codes[part.rows])])
+        counts = torch.cat(escaped).floor_().sub_(_ZERO + 1)
+        few = len(counts) <= box.numel * _MAX_ESCAPES
+        if not few or not grid.in_range() or not bool((counts.abs() <= _MOST_STEPS).all()):
+            return False  # the last is false for NaN, too
+        side = grid.streams()
         out.put(side, [True] * len(side))
-        out.value(_U32, len(escapes))
-        out.put([pack_pairs(codes), escaped.to(torch.int16)], [True, True])
+        out.value(_U32, len(counts))
+        out.put([pack_pairs(codes), counts.to(torch.int16)], [True, True])
         return True
 
     def decode(self, streams: StreamReader, box: FieldBox) -> torch.Tensor:
         sink = read_sink(streams, box)
-        grid = _read_grid(streams, box)
+        step, offset = _read_grid(streams, box)
         num_escapes = streams.value(_U32)
         if num_escapes > box.numel:
             raise ValueError(f"{num_escapes} escapes among {box.numel} numbers")
         codes = read_pairs(streams, box.rows, box.columns)
-        escaped = streams.stream(2 * num_escapes).view(torch.int16).float()
+        escaped = Escaped(streams.stream(2 * num_escapes).view(torch.int16).float().add_(_ZERO))
         values = torch.empty(box.shape, dtype=box.dtype)
         for part in parts(box, codes.device):
+            counts = codes[part.rows].to(torch.float32)
+            escaped.fill(counts, codes[part.rows])
             target = values[part.layers, part.entries]
-            counts = codes[part.rows].to(torch.float32).view(target.shape)
-            target.copy_(_within(grid.part(part).restore(counts, _ZERO), box.dtype))
-        escapes = checked_positions(codes, num_escapes)
-        restored = grid.at(escapes, box).restore(escaped, 0)
-        values.view(-1)[escapes] = _within(restored, box.dtype).to(box.dtype)
+            numbers = counts.view(target.shape)
+            if offset is None:
+                numbers = numbers.sub_(_ZERO).mul_(step[part.layers, part.entries])
+            else:
+                steps = step[part.layers]
+                numbers = torch.addcmul((offset[part.layers] - _ZERO) * steps, numbers, steps)
+            target.copy_(_within(numbers, box.dtype))
+        escaped.end()
         return restore_sink(values, sink)
 
 
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    """Step sizes, and where "channel" planes have them offsets, for numbers of the shape that they broadcast to:
-    k uint8, step and offset float32, [layers, 1, heads, width], or k and step [layers, entries, heads, 1]."""
+class _ChannelGrid:
+    """Steps and offsets of every layer and channel."""
 
-    k: torch.Tensor
-    step: torch.Tensor
-    offset: torch.Tensor | None
+    def __init__(self, k: torch.Tensor, offset: torch.Tensor) -> None:
+        """Both [layers, 1, heads, width]: uint8, and whole numbers in float32."""
+        self._k = k
+        self._offset = offset
+        self._per_step = _step(k).reciprocal_()
+        self._shift = _ZERO + 1.5 - offset
 
-    def part(self, part: Part) -> _Grid:
-        """The grid of a part."""
-        if self.offset is not None:
-            return _Grid(self.k[part.layers], self.step[part.layers], self.offset[part.layers])
-        return _Grid(self.k[part.layers, part.entries], self.step[part.layers, part.entries], None)
+    def place(self, numbers: torch.Tensor, part: Part) -> torch.Tensor:
+        """Steps beyond the offset, plus 8.5: floored they are codes plus 1. `numbers` [layers, entries, heads,
+        width] of a part, float32, may be overwritten."""
+        return torch.addcmul(self._shift[part.layers], numbers, self._per_step[part.layers])
 
-    def at(self, positions: torch.Tensor, box: FieldBox) -> _Grid:
-        """The grid of single numbers, at `positions` in the flattened field."""
-        if self.offset is None:
-            rows = positions // box.width
-            return _Grid(self.k.reshape(-1)[rows], self.step.reshape(-1)[rows], None)
-        channels = positions // (box.entries * box.columns) * box.columns + positions % box.columns
-        k, step, offset = (each.reshape(-1)[channels] for each in (self.k, self.step, self.offset))
-        return _Grid(k, step, offset)
+    def in_range(self) -> bool:
+        """Whether steps and offsets can be written down."""
+        return bool((self._offset.abs() <= _MOST_STEPS).all())
 
-    def count(self, numbers: torch.Tensor) -> torch.Tensor:
-        """How many steps beyond the offset, in place of `numbers`, float32."""
-        counts = numbers.mul_(self.step.reciprocal())
-        return (counts if self.offset is None else counts.sub_(self.offset)).round_()
-
-    def restore(self, counts: torch.Tensor, zero: int) -> torch.Tensor:
-        """The numbers, in place of `counts`, float32, which say `zero` for none."""
-        if self.offset is not None:
-            return counts.add_(self.offset - zero).mul_(self.step)
-        return (counts.sub_(zero) if zero else counts).mul_(self.step)
+    def streams(self) -> list[torch.Tensor]:
+        """What is sent of it."""
+        return [self._k, self._offset.to(torch.int16)]
 
 
-def _count_by_channel(values: torch.Tensor, box: FieldBox, codes: torch.Tensor) -> _Grid | None:
-    """Fills `codes`. None where numbers are not finite, or too large."""
+class _TokenGrid:
+    """Steps of every entry and head, found as its part is placed."""
+
+    def __init__(self, values: torch.Tensor, box: FieldBox) -> None:
+        # k = 128 + 4 · log2(0.5 · rms^1.25 · m^-0.25), as a factor of log2 of the norm and a summand.
+        norm: torch.Tensor = torch.linalg.vector_norm(_sample(values, box), dim=-1, keepdim=True)
+        typical = norm.clamp_(min=_LEAST_NORM).log2_().mean(1, keepdim=True)
+        constant = math.log2(_TOKEN_STEP) - math.log2(box.width) / 2
+        self._summand = typical.mul_(1 - _TOKEN_POWER).add_(constant).mul_(_K_PER_OCTAVE).add_(_K_ZERO)
+        self._k = torch.empty((*box.shape[:3], 1), dtype=torch.float32, device=values.device)
+
+    def place(self, numbers: torch.Tensor, part: Part) -> torch.Tensor:
+        """As _ChannelGrid does, without an offset."""
+        norm: torch.Tensor = torch.linalg.vector_norm(numbers, dim=-1, keepdim=True)
+        k = norm.log2_().mul_(_TOKEN_POWER * _K_PER_OCTAVE).add_(self._summand[part.layers])
+        self._k[part.layers, part.entries] = k.round_().clamp_(min=0)
+        return numbers.mul_(_step(self._k[part.layers, part.entries]).reciprocal_()).add_(_ZERO + 1.5)
+
+    def in_range(self) -> bool:
+        """Whether the steps can be written down; false for NaN, too."""
+        return bool(self._k.amax() <= _K_MAX)
+
+    def streams(self) -> list[torch.Tensor]:
+        """What is sent of it."""
+        return [self._k.to(torch.uint8)]
+
+
+def _channel_grid(values: torch.Tensor, box: FieldBox) -> _ChannelGrid | None:
+    """None where numbers are not finite or too large; other entries than the sample show in their codes."""
     sample = _sample(values, box)
     mean = sample.mean(1, keepdim=True)
-    deviation = (sample - mean).square_().mean(1, keepdim=True).sqrt_()
+    deviation = sample.sub_(mean).square_().mean(1, keepdim=True).sqrt_()
     # Never so small that the offset overflows, or that a channel which hardly moves takes all the bits.
     deviation = torch.maximum(deviation, mean.abs() / 1024)
     of_head = deviation.square().mean(-1, keepdim=True).sqrt_()
-    k = _nearest_k((torch.maximum(deviation, of_head / 64) * of_head).sqrt_().mul_(_CHANNEL_STEP))
-    if k is None:
+    step = (torch.maximum(deviation, of_head / 64) * of_head).sqrt_().mul_(_CHANNEL_STEP)
+    k = step.log2_().mul_(_K_PER_OCTAVE).round_().add_(_K_ZERO).clamp_(min=0)
+    if not bool(k.amax() <= _K_MAX):  # false for NaN, too
         return None
-    step = _step(k)
-    grid = _Grid(k, step, (mean / step).round_())
-    if bool(mean.div_(step).abs_().amax() > _MOST_STEPS):
-        return None
-    total = torch.zeros((), device=values.device)
-    for part in parts(box, values.device):
-        counts = grid.part(part).count(values[part.layers, part.entries].to(torch.float32, copy=True))
-        total += counts.sum()  # only a sample of the entries has been looked at so far
-        _put_codes(counts, codes[part.rows])
-    return grid if math.isfinite(float(total)) else None
+    return _ChannelGrid(k.to(torch.uint8), (mean / _step(k)).round_())
 
 
-def _count_by_token(values: torch.Tensor, box: FieldBox, codes: torch.Tensor) -> _Grid | None:
-    """Fills `codes`. None where numbers are not finite, or too large."""
-    typical = _log_rms(_sample(values, box)).mean(1, keepdim=True).mul_(1 - _TOKEN_POWER)
-    typical += math.log2(_TOKEN_STEP)
-    k = torch.empty((*box.shape[:3], 1), dtype=torch.uint8, device=values.device)
-    step = torch.empty(k.shape, dtype=torch.float32, device=values.device)
-    for part in parts(box, values.device):
-        numbers = values[part.layers, part.entries].to(torch.float32, copy=True)
-        size = _log_rms(numbers).mul_(_TOKEN_POWER).add_(typical[part.layers])
-        found = _nearest_k(size.exp2_())
-        if found is None:
-            return None
-        k[part.layers, part.entries] = found
-        step[part.layers, part.entries] = _step(found)
-        counts = _Grid(found, step[part.layers, part.entries], None).count(numbers)
-        _put_codes(counts, codes[part.rows])
-    return _Grid(k, step, None)
-
-
-def _put_codes(counts: torch.Tensor, codes: torch.Tensor) -> None:
-    """Codes of `counts`, which are overwritten."""
-    small = counts.clamp_(-1 - _ZERO, ESCAPE - _ZERO).to(torch.int8).view(torch.uint8).view(codes.shape)
-    # What was clamped from below becomes 255 and then, like what was clamped from above, ESCAPE.
-    torch.bitwise_and(small.add_(_ZERO), ESCAPE, out=codes)
-
-
-def _read_grid(streams: StreamReader, box: FieldBox) -> _Grid:
+def _read_grid(streams: StreamReader, box: FieldBox) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Steps and offsets, float32, in shapes that broadcast to the field's."""
     if not box.per_channel:
-        k = streams.stream(box.rows * box.heads).view(*box.shape[:3], 1)
-        return _Grid(k, _step(k), None)
+        return _step(streams.stream(box.rows * box.heads).view(*box.shape[:3], 1)), None
     shape = (box.layers, 1, box.heads, box.width)
-    k = streams.stream(box.layers * box.columns).view(shape)
-    offset = streams.stream(2 * box.layers * box.columns).view(torch.int16).view(shape)
-    return _Grid(k, _step(k), offset.to(torch.float32))
+    step = _step(streams.stream(box.layers * box.columns).view(shape))
+    return step, streams.stream(2 * box.layers * box.columns).view(torch.int16).view(shape).float()
 
 
 def _sample(values: torch.Tensor, box: FieldBox) -> torch.Tensor:
-    return values[:, :: max(1, box.entries // _SAMPLED_ENTRIES)].to(torch.float32)
-
-
-def _log_rms(numbers: torch.Tensor) -> torch.Tensor:
-    """log2 of the root mean square along the last axis, which stays with length 1."""
-    norm: torch.Tensor = torch.linalg.vector_norm(numbers, dim=-1, keepdim=True)
-    return norm.div_(numbers.shape[-1] ** 0.5).clamp_(min=2.0**-60).log2_()
-
-
-def _nearest_k(step: torch.Tensor) -> torch.Tensor | None:
-    """uint8; the least where a step is below it, None where one is beyond the largest or not finite."""
-    k = step.log2_().mul_(_K_PER_OCTAVE).round_().add_(_K_ZERO)
-    return k.clamp_(min=0).to(torch.uint8) if bool(k.amax() <= _K_MAX) else None
+    return values[:, :: max(1, box.entries // _SAMPLED_ENTRIES)].to(torch.float32, copy=True)
 
 
 def _within(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -210,7 +188,7 @@ def _within(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _step(k: torch.Tensor) -> torch.Tensor:
-    return k.to(torch.float32).sub_(_K_ZERO).div_(_K_PER_OCTAVE).exp2_()
+    return ((k.to(torch.float32) - _K_ZERO) / _K_PER_OCTAVE).exp2_()
 
 
 class EcsqCodec(FieldwiseCodec):

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 ESCAPE = 15
 
-_WORD = 8  # bytes looked at together when escapes are searched for
-
 
 def pack_pairs(numbers: torch.Tensor) -> torch.Tensor:
     """uint8 [rows, n] of numbers below 16 → uint8 [⌈rows / 2⌉, n]: row 2i in the low half, row 2i + 1 in the high."""
@@ -51,18 +49,26 @@ def escape_positions(numbers: torch.Tensor) -> torch.Tensor:
     flat = numbers.reshape(-1)
     if flat.device.type != "cpu":
         return (flat == ESCAPE).nonzero().squeeze(1)
-    # numpy compares bytes ten times as fast as torch. Escapes are rare: first the words that have any.
-    hits = flat.numpy() == ESCAPE
-    if hits.size % _WORD:
-        return torch.from_numpy(np.flatnonzero(hits))
-    words = np.flatnonzero(hits.view(np.uint64) != 0)
-    found = np.flatnonzero(hits.reshape(-1, _WORD)[words])
-    return torch.from_numpy(words[found // _WORD] * _WORD + found % _WORD)
+    # numpy compares and finds bytes several times as fast as torch.
+    return torch.from_numpy(np.flatnonzero(flat.numpy() == ESCAPE))
 
 
-def checked_positions(numbers: torch.Tensor, num_escapes: int) -> torch.Tensor:
-    """`escape_positions` of what was received. Raises ValueError where they are not `num_escapes`."""
-    positions = escape_positions(numbers) if num_escapes else torch.empty(0, dtype=torch.int64)
-    if len(positions) != num_escapes:
-        raise ValueError(f"{num_escapes} escaped numbers for {len(positions)} escapes")
-    return positions
+class Escaped:
+    """The received numbers behind the escapes, put to their places part by part."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._rest = numbers
+
+    def fill(self, target: torch.Tensor, codes: torch.Tensor) -> None:
+        """Writes the next ones to where `codes` are ESCAPE; `target` is contiguous, of as many numbers. Raises
+        ValueError where they run out."""
+        positions = escape_positions(codes)
+        if len(positions) > len(self._rest):
+            raise ValueError(f"{len(self._rest)} numbers left for {len(positions)} escapes")
+        target.view(-1)[positions] = self._rest[: len(positions)]
+        self._rest = self._rest[len(positions) :]
+
+    def end(self) -> None:
+        """Raises ValueError where some are left."""
+        if len(self._rest):
+            raise ValueError(f"{len(self._rest)} numbers without an escape")

@@ -27,7 +27,7 @@ import torch
 
 from kvtransfer.codecs.base import Fidelity
 from kvtransfer.codecs.fieldwise import FieldBox, FieldwiseCodec
-from kvtransfer.codecs.nibbles import ESCAPE, checked_positions, escape_positions, pack_pairs, read_pairs
+from kvtransfer.codecs.nibbles import ESCAPE, Escaped, escape_positions, pack_pairs, read_pairs
 from kvtransfer.codecs.parts import parts
 from kvtransfer.codecs.streams import StreamReader, StreamWriter
 
@@ -95,7 +95,9 @@ class SplitCoder:
         bases = streams.stream(box.layers * num_columns).view(box.layers, 1, num_columns)
         codes = read_pairs(streams, box.rows, box.columns)
         exponents = bases - codes.view(box.layers, box.entries, box.columns)
-        exponents.view(-1)[checked_positions(codes, num_escapes)] = streams.stream(num_escapes)
+        escaped = Escaped(streams.stream(num_escapes))
+        escaped.fill(exponents, codes)
+        escaped.end()
         return exponents
 
 

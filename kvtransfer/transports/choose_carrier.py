@@ -147,8 +147,12 @@ class SenderCarriers:
 
     def frame_bytes(self, address: str) -> int:
         """What frames to `address` (host:port) are best cut to: larger ones where they will likely be carried."""
-        is_carried = "nixl" in self._kinds or ("shm" in self._kinds and _is_here(address))
+        is_carried = "nixl" in self._kinds or self.shares_memory(address)
         return CARRIED_FRAME_BYTES if is_carried else DEFAULT_PIECE_BYTES
+
+    def shares_memory(self, address: str) -> bool:
+        """Whether frames to `address` will likely go through shared memory."""
+        return "shm" in self._kinds and _is_here(address)
 
     def open_writer(self, offer: Mapping[str, Any]) -> SlotWriter:
         """Raises CarrierFailed."""

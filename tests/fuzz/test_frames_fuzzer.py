@@ -14,7 +14,7 @@ from kvtransfer.landing import FrameLander
 from kvtransfer.leases import LeaseTable
 from tests.fuzz.frames_fuzzer import Found, Summary, run, run_round
 
-NUM_FRAMES = 16_000
+NUM_FRAMES = 6_000
 NUM_FRAMES_LONG = 1_000_000
 
 

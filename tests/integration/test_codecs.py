@@ -314,8 +314,8 @@ def test_bytes_may_begin_at_any_address_and_are_not_changed(codec: Codec) -> Non
     raw = to_bytes(keys_like(plane, piece))
     shifted = torch.empty(len(raw) + 1, dtype=torch.uint8)[1:].copy_(raw)
     payload = bytes(codec.encode(shifted, plane, piece))
-    assert payload == bytes(codec.encode(raw, plane, piece))
     assert torch.equal(shifted, raw)
+    assert payload == bytes(codec.encode(raw, plane, piece))
     moved = memoryview(b"x" + payload)[1:]
     assert torch.equal(codec.decode(moved, plane, piece), codec.decode(payload, plane, piece))
 

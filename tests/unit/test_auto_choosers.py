@@ -36,6 +36,14 @@ def test_a_named_codec_is_taken_within_the_bounds() -> None:
     assert first_choice(chooser) == ("int8", "int8: named by the profile")
 
 
+def test_through_shared_memory_auto_takes_what_costs_least_and_a_named_codec_stays() -> None:
+    makers = choosers()
+    chooser = makers.chooser_for("auto", ["compact"], peer=PEER, layout=LAYOUT, shares_memory=True)
+    assert first_choice(chooser) == ("raw", "raw: through shared memory, faster than any codec")
+    chooser = makers.chooser_for("int8", ["near"], peer=PEER, layout=LAYOUT, shares_memory=True)
+    assert first_choice(chooser)[0] == "int8"
+
+
 def test_a_named_codec_beyond_the_strictest_bound_gives_way_to_the_best_exact_one() -> None:
     makers, clock = choosers(clock := Clock()), clock
     chooser = makers.chooser_for("packed", ["compact", "near"], peer=PEER, layout=LAYOUT)

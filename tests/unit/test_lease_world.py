@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.lease_world.world import World
 
-NUM_STORIES = 400
+NUM_STORIES = 120
 NUM_STORIES_LONG = 30_000
 STORY_BYTES = 300
 TOLD_EVENTS = 60
