@@ -32,7 +32,7 @@ from prefill.prompt import (
 )
 from worker.leasing import DEADLINE_EXCEEDED, LOST_CAUSES, NotReserved
 from worker.link import RouterLink
-from worker.prefix_sources import Holder, Wanted
+from worker.prefix_sources import Holder, Wanted, pushes_to
 from worker.prefixes import Brought
 from worker.service import WorkerContext
 from worker.wire import MalformedTask, check_task, failure
@@ -307,12 +307,17 @@ class PrefillService:
         """Nothing reads the prompt's blocks any more."""
         self._closing.discard(prompt.lease_id)
         self._leases.unhold(prompt.lease_id)
-        self._context.kv.counters.note_push(prompt.push.stats())
+        self._count(prompt)
         error = prompt.push.error
         self._channels.release(*prompt.peer, failed=error is not None and error.cause in _BROKEN_PEER)
         self._context.changed()
         for other in list(self._prompts.values()):
             self._admit(other)
+
+    def _count(self, prompt: Prompt) -> None:
+        kv, stats = self._context.kv, prompt.push.stats()
+        kv.counters.note_push(stats)
+        kv.speeds.note_load(pushes_to(prompt.peer[0]), stats.kv_bytes, stats.frame_s)
 
     async def close(self) -> None:
         """Abort every prompt: the worker stops."""

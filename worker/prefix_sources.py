@@ -18,6 +18,11 @@ from worker.kv import KvParts
 STORE = "store"
 
 
+def pushes_to(address: str) -> str:
+    """The name under which the speed of pushes to a worker is kept, beside that of fetches from it."""
+    return f"pushes to {address}"
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """A worker that has the prompt's first `cached_tokens` tokens cached, and a channel to its kv address."""
@@ -101,8 +106,7 @@ class SourceFinder:
     def _speed_of(self, holder: Holder) -> float | None:
         """As fetches from it went; before the first one, as pushes to it went, in the other direction."""
         measured = self._kv.speeds.bytes_per_s(holder.address)
-        link = self._kv.choosers.link((holder.address, holder.epoch)).view()
-        return measured if measured is not None or link is None else link.bytes_per_s
+        return measured or self._kv.speeds.bytes_per_s(pushes_to(holder.address))
 
     def _store(self, wanted: Wanted, num_here: int) -> Source | None:
         store, keys = self._kv.store, wanted.keys[num_here : num_here + MAX_FETCH_KEYS]
