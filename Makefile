@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/headrace/v1/*.proto)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo up down test test-all chaos fuzz leases-long nixl-test lint format protos clean
+.PHONY: help setup model demo up down test test-all chaos equality fuzz leases-long nixl-test lint format protos clean
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,7 +38,7 @@ up: model  ## start the laptop profile and leave it running
 down: $(STAMP)  ## stop what `make up` started
 	@$(BIN)/headrace down
 
-test: model  ## lint and every test that fits in ten minutes on two cores
+test: model  ## lint and every test that fits in ten minutes on two quiet cores
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest -n 2 -m '(unit or integration) and not slow'
 	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow'
@@ -48,6 +48,9 @@ test-all: model  ## also the long ones
 
 chaos: model  ## cancellations, deadlines and killed workers, the long version
 	@$(BIN)/python -m pytest tests/chaos
+
+equality: model  ## disaggregated = colocated on all 32 real prompts, the two longest of them too
+	@$(BIN)/python -m pytest tests/e2e/test_equality.py -k 4000
 
 fuzz: $(STAMP)  ## a million spoiled frames against the receiver (10 to 25 minutes)
 	@$(BIN)/python -m tests.fuzz.frames_fuzzer --frames 1000000

@@ -51,6 +51,8 @@ OWNER = b"the sender's own"
 class End:
     """What both ends know: the sample's planes, and how to be measured."""
 
+    pool: BlockPool
+
     def __init__(self, host: str) -> None:
         torch.set_num_threads(1)
         self.host = host
@@ -76,6 +78,11 @@ class End:
         self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
         self.cache = PagedCache(self.layout, num_blocks, torch.device("cpu"), self.pool.blocks)
         return {"kv_bytes": self.layout.num_bytes(self.num_tokens)}
+
+    def slots(self, owner: bytes) -> torch.Tensor:
+        """Where the sample's tokens lie in the planes."""
+        starts = torch.tensor(self.pool.blocks(owner)) * BLOCK_TOKENS
+        return (starts[:, None] + torch.arange(BLOCK_TOKENS)).reshape(-1)[: self.num_tokens]
 
     # --- a bare socket
 
@@ -127,12 +134,9 @@ class ReceivingEnd(End):
 
     def release(self, lease: str) -> dict[str, Any]:
         """Give the lease's blocks back; says what they held."""
-        blocks = self.pool.blocks(bytes.fromhex(lease))
-        slots = torch.tensor(blocks)[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)
-        slots = slots.reshape(-1)[: self.num_tokens]
+        slots = self.slots(bytes.fromhex(lease))
         checksums = [
-            int(plane.index_select(2, slots).contiguous().view(torch.uint8).to(torch.int64).sum())
-            for plane in self.cache.planes.values()
+            _checksum(plane.index_select(2, slots).contiguous()) for plane in self.cache.planes.values()
         ]
         with self.desk.change() as table:
             table.release(bytes.fromhex(lease))
@@ -150,12 +154,11 @@ class SendingEnd(End):
         """Open a cache that holds the sample."""
         facts = self.open_cache(sample)
         self.pool.open(OWNER, [], self.pool.blocks_for(self.num_tokens))
-        slots = torch.tensor(self.pool.blocks(OWNER))[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)
-        slots = slots.reshape(-1)[: self.num_tokens]
+        slots = self.slots(OWNER)
         planes = load_file(sample)
         for name, plane in self.cache.planes.items():
             plane.index_copy_(2, slots, planes[name])
-        checksums = [int(planes[n].view(torch.uint8).to(torch.int64).sum()) for n in self.cache.planes]
+        checksums = [_checksum(planes[name]) for name in self.cache.planes]
         return {**facts, "checksums": checksums}
 
     def connect(self, address: str) -> dict[str, Any]:
@@ -200,6 +203,10 @@ class SendingEnd(End):
         if carrier and carrier not in stats.carriers:
             raise RuntimeError(f"KV went {', '.join(stats.carriers)} instead of by {carrier}")
         return {"seconds": seconds, "wire_bytes": stats.wire_bytes}
+
+
+def _checksum(plane: torch.Tensor) -> int:
+    return int(plane.view(torch.uint8).to(torch.int64).sum())
 
 
 def main() -> None:

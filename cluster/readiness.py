@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 
 from cluster.errors import ClusterError
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc, worker_pb2
-from worker.auth import cluster_metadata
+from kvtransfer.cluster_token import cluster_metadata
 
 CALL_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 0.2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from decode.answers import Answer
 from engine.request import SamplingParams
@@ -89,7 +90,7 @@ def reserved(request: Request, context: WorkerContext) -> worker_pb2.WorkerMessa
             kv_address=context.kv_address,
             cached_tokens=request.cached_tokens,
             ttl_s=context.leases.ttl_s,
-            kv_dtypes=[each.dtype for plane in context.engine.layout.planes for each in plane.fields],
+            kv_dtypes=chain.from_iterable(context.engine.layout.dtypes),
         )
     )
 

@@ -86,7 +86,7 @@ class DecodeService:
         request = self._open(link, message)
         if request is None:
             return
-        if request.local_prefill:
+        if request.local_prefill and self._context.prefixes.anybody():
             request.fetch = self._context.prefixes.bring(
                 self._wanted(request), lambda brought: self._brought(request, brought)
             )
@@ -96,9 +96,8 @@ class DecodeService:
     def _open(self, link: RouterLink, message: worker_pb2.Reserve) -> Request | None:
         """A request with a lease, and no blocks yet."""
         bound = strictest((self._context.config.fidelity, message.task.fidelity)).rank
-        answer = Answer(
-            message.key, self._context.tokenizer, message.task
-        )  # may raise: before there is a lease
+        # May raise, so before there is a lease.
+        answer = Answer(message.key, self._context.tokenizer, message.task)
         lease_id = self._leases.grant(
             _request_id(message.key),
             message.key.attempt,

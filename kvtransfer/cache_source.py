@@ -12,7 +12,7 @@ from kvtransfer.codecs import Fidelity
 from kvtransfer.fetching import paged_part
 from kvtransfer.frame_builder import PieceEncoder
 from kvtransfer.frames import LEASE_ID_BYTES
-from kvtransfer.layouts import DEFAULT_PIECE_BYTES, DTYPE_BYTES, Paged, convertible, pieces_for
+from kvtransfer.layouts import DEFAULT_PIECE_BYTES, Paged, pieces_for
 from kvtransfer.sources import SourceRefused
 
 if TYPE_CHECKING:
@@ -103,9 +103,8 @@ class PinnedBlocks:
         self._fidelity = fidelity
         self._unpin = unpin
         self._lock = threading.Lock()
-        self._made: list[
-            tuple[Codec, int]
-        ] = []  # by piece: its codec, for the next time, and its payload's bytes
+        # By piece: its codec, for the next time, and its payload's bytes.
+        self._made: list[tuple[Codec, int]] = []
         self._is_closed = False
 
     def pieces(self) -> Iterator[EncodedPiece]:
@@ -158,25 +157,15 @@ class PinnedBlocks:
 def wire_layout(layout: CacheLayout, request: FetchRequest) -> CacheLayout:
     """The paged planes with the dtypes that travel: field by field the narrower of both ends, ours where both are
     equally wide and differ. Raises SourceRefused where numbers cannot be converted, or may not be."""
-    if len(request.dtypes) != len(layout.planes):
-        text = f"dtypes of {len(request.dtypes)} planes, the layout has {len(layout.planes)}"
-        raise SourceRefused("DTYPE_MISMATCH", text)
-    dtypes = []
+    try:
+        wire = layout.narrowed(request.dtypes)
+    except ValueError as error:
+        raise SourceRefused("DTYPE_MISMATCH", str(error)) from error
     for plane, wanted in zip(layout.planes, request.dtypes, strict=True):
-        if len(wanted) != len(plane.dtypes) or not all(map(convertible, plane.dtypes, wanted)):
-            text = (
-                f"plane {plane.name!r} is {plane.dtypes} here and {wanted} there, which cannot be converted"
-            )
-            raise SourceRefused("DTYPE_MISMATCH", text)
         if plane.dtypes != wanted and request.fidelity < Fidelity.NEAR.rank and isinstance(plane.kind, Paged):
-            text = (
-                f"plane {plane.name!r} is {plane.dtypes} here and {wanted} there: converting it is not exact"
-            )
-            raise SourceRefused("FIDELITY_EXCEEDED", text)
-        dtypes.append(
-            tuple(min(pair, key=DTYPE_BYTES.__getitem__) for pair in zip(plane.dtypes, wanted, strict=True))
-        )
-    return paged_part(layout.with_dtypes(dtypes))
+            both = f"plane {plane.name!r} is {plane.dtypes} here and {wanted} there"
+            raise SourceRefused("FIDELITY_EXCEEDED", f"{both}: converting it is not exact")
+    return paged_part(wire)
 
 
 def _tokens(block: int, block_tokens: int) -> range:

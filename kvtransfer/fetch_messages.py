@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import msgpack  # type: ignore[import-untyped]  # it ships no types
 import xxhash
 
-from kvtransfer.frames import LEASE_ID_BYTES, MAX_RAW_BYTES, FrameRecord, LeaseRef
+from kvtransfer.frames import (
+    LEASE_ID_BYTES,
+    MAX_RAW_BYTES,
+    DamagedFrame,
+    FrameRecord,
+    LeaseRef,
+    unpack_map,
+)
 from kvtransfer.keys import KEY_BYTES
 from kvtransfer.sources import MAX_FETCH_KEYS, FetchRequest
 
@@ -180,12 +187,9 @@ def _open(message: Buffer, magic: bytes, max_bytes: int, limits: dict[str, int])
     if xxhash.xxh3_64_intdigest(packed) != checksum:
         raise BadFetchMessage("the checksum does not match")
     try:
-        fields = msgpack.unpackb(packed, raw=False, strict_map_key=True, **limits)
-    except ValueError as error:
-        raise BadFetchMessage(f"not a msgpack map within its limits: {error}") from None
-    if not isinstance(fields, dict):
-        raise BadFetchMessage(f"expected a msgpack map, got {type(fields).__name__}")
-    return fields
+        return unpack_map(packed, limits)
+    except DamagedFrame as error:
+        raise BadFetchMessage(str(error)) from None
 
 
 # ---- the fields

@@ -201,7 +201,7 @@ def encode_ack(ack: Ack) -> bytes:
 
 def decode_ack(message: Buffer) -> Ack:
     """Raises DamagedFrame for anything that is not an acknowledgement."""
-    fields = _unpack_map(message, {**_UNPACK_LIMITS, "max_str_len": 4 * MAX_ACK_TEXT})
+    fields = unpack_map(message, {**_UNPACK_LIMITS, "max_str_len": 4 * MAX_ACK_TEXT})
     number = None if fields.get("n") is None else _uint(fields, "n", 32)
     ok, landing_s, why = fields.get("ok"), fields.get("t"), fields.get("w", "")
     if not isinstance(ok, bool) or not isinstance(landing_s, float) or not isinstance(why, str):
@@ -216,7 +216,7 @@ def encode_opening(opening: Opening) -> bytes:
 
 def decode_opening(message: Buffer) -> Opening:
     """Raises DamagedFrame for anything that does not open a stream."""
-    fields = _unpack_map(message, _OPENING_LIMITS)
+    fields = unpack_map(message, _OPENING_LIMITS)
     offers = fields.get("offers")
     if not isinstance(offers, list) or not all(isinstance(offer, dict) for offer in offers):
         raise DamagedFrame("the first message down a stream must say what is offered")
@@ -245,7 +245,7 @@ def _pack_header(header: FrameHeader) -> bytes:
 
 
 def _unpack_header(packed: memoryview) -> FrameHeader:
-    fields = _unpack_map(packed, _UNPACK_LIMITS)
+    fields = unpack_map(packed, _UNPACK_LIMITS)
     lease_id = fields.get("l")
     if not isinstance(lease_id, bytes) or len(lease_id) != LEASE_ID_BYTES:
         raise DamagedFrame(f"header key 'l' must be {LEASE_ID_BYTES} bytes")
@@ -266,7 +266,8 @@ def _unpack_header(packed: memoryview) -> FrameHeader:
     )
 
 
-def _unpack_map(packed: Buffer, limits: dict[str, int]) -> dict[str, Any]:
+def unpack_map(packed: Buffer, limits: dict[str, int]) -> dict[str, Any]:
+    """A msgpack map; `limits`: msgpack's own. Raises DamagedFrame."""
     try:
         fields = msgpack.unpackb(packed, raw=False, strict_map_key=True, **limits)
     except ValueError as error:

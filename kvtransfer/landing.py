@@ -62,8 +62,8 @@ class FrameLander:
     """Lands frames in a sink under the leases of a desk; safe to call from several threads.
 
     `layout`: of the planes, to tell the prefix that a lease holds; one for all leases, or each lease's own.
-    `pace(num_bytes)`: called before a frame is
-    written, without the lock; it may sleep, so that landing does not stall a decode step.
+    `pace(num_bytes)`: called before a frame is written, without the lock; it may sleep, so that landing does not
+    stall a decode step.
     """
 
     def __init__(

@@ -186,10 +186,27 @@ class CacheLayout:
         """Canonical bytes of a whole sequence of `num_tokens`, windows included."""
         return sum(p.layers * self.entry_bytes(p) * len(p.live(num_tokens)) for p in self.planes)
 
+    @property
+    def dtypes(self) -> tuple[tuple[str, ...], ...]:
+        """Of the fields, plane by plane."""
+        return tuple(plane.dtypes for plane in self.planes)
+
     def with_dtypes(self, dtypes: Sequence[Sequence[str]]) -> CacheLayout:
         """The same layout with other dtypes, given plane by plane. Raises ValueError as Plane.with_dtypes does."""
         planes = zip(self.planes, dtypes, strict=True)
         return replace(self, planes=tuple(plane.with_dtypes(fields) for plane, fields in planes))
+
+    def narrowed(self, others: Sequence[Sequence[str]]) -> CacheLayout:
+        """In the dtypes that travel between this cache and one of `others`: field by field the narrower, ours where
+        both are equally wide. Raises ValueError for what cannot be converted."""
+        if len(others) != len(self.planes):
+            raise ValueError(f"dtypes of {len(others)} planes, the layout has {len(self.planes)}")
+        dtypes = []
+        for plane, theirs in zip(self.planes, others, strict=True):
+            plane.with_dtypes(theirs)
+            pairs = zip(plane.dtypes, theirs, strict=True)
+            dtypes.append([min(pair, key=DTYPE_BYTES.__getitem__) for pair in pairs])
+        return self.with_dtypes(dtypes)
 
     def identity(self) -> str:
         """Hex digest, equal for two workers whose pieces mean the same: planes and fields, not their dtypes and

@@ -53,19 +53,6 @@ class LoadDecision:
     reason: str
 
 
-def decide_load(
-    cached_tokens_here: int,
-    found_tokens: int,
-    bytes_to_load: int,
-    bytes_per_s: float | None,
-    fixed_s: float,
-    prefill_s_per_token: float | None,
-) -> LoadDecision:
-    """Whether to load the tokens [cached_tokens_here, found_tokens), all from one source."""
-    part = PrefixPart("source", found_tokens, bytes_to_load, bytes_per_s, fixed_s)
-    return decide_parts(cached_tokens_here, [part], prefill_s_per_token)
-
-
 def decide_parts(
     cached_tokens_here: int, parts: Sequence[PrefixPart], prefill_s_per_token: float | None
 ) -> LoadDecision:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
 import grpc
 
 from engine.request import Drawn, SamplingParams
 from headrace.v1 import kvtransfer_pb2, worker_pb2
+from kvtransfer.cluster_token import cluster_metadata
 from kvtransfer.codecs import Fidelity
 from kvtransfer.frames import LeaseRef
-from kvtransfer.layouts import DTYPE_BYTES, CacheLayout, convertible
+from kvtransfer.layouts import CacheLayout
 from kvtransfer.transports.grpc_push import PushSession
 from kvtransfer.transports.push_books import PushOptions
 from kvtransfer.transports.seam import HANDOFF_MAJOR, Pusher, PushStats
-from worker.auth import cluster_metadata
 from worker.facts import identity_digest
 from worker.link import RouterLink
 from worker.prefixes import Brought, PrefixFetch
@@ -94,16 +95,18 @@ def wire_layout(layout: CacheLayout, kv_dtypes: Sequence[str], bound: int) -> Ca
     """
     if not kv_dtypes:
         return layout
-    ours = [field.dtype for plane in layout.planes for field in plane.fields]
-    if len(ours) != len(kv_dtypes) or not all(map(convertible, ours, kv_dtypes)):
-        raise CannotConvert(f"KV is {', '.join(ours)} here and {', '.join(kv_dtypes)} there")
+    ours = [dtype for fields in layout.dtypes for dtype in fields]
+    both = f"KV is {', '.join(ours)} here and {', '.join(kv_dtypes)} there"
+    flat = iter(kv_dtypes)
+    try:
+        wire = layout.narrowed([list(islice(flat, len(plane.fields))) for plane in layout.planes])
+    except ValueError as error:
+        raise CannotConvert(both) from error
+    if len(ours) != len(kv_dtypes):
+        raise CannotConvert(both)
     if ours != list(kv_dtypes) and bound < Fidelity.NEAR.rank:
-        raise CannotConvert(
-            f"KV is {', '.join(ours)} here and {', '.join(kv_dtypes)} there, which takes fidelity near; give both "
-            "sections of workers one kv_dtype"
-        )
-    narrower = iter(min(pair, key=DTYPE_BYTES.__getitem__) for pair in zip(ours, kv_dtypes, strict=True))
-    return layout.with_dtypes([[next(narrower) for _ in plane.fields] for plane in layout.planes])
+        raise CannotConvert(f"{both}, which takes fidelity near; give both sections of workers one kv_dtype")
+    return wire
 
 
 def open_push(

@@ -171,6 +171,9 @@ class PrefillService:
             for address, epoch, cached_tokens in peers
             if cached_tokens
         ]
+        if not self._context.prefixes.anybody(holders):
+            self._admit(prompt)
+            return
         root_key = self._context.root_key(prompt.key.tenant)
         wanted = Wanted(
             tenant=prompt.key.tenant,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from headrace.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
-from worker.auth import cluster_metadata
+from kvtransfer.cluster_token import cluster_metadata
 
 TIMEOUT_S = 60.0
 

@@ -21,13 +21,13 @@ from kvtransfer.landing import FrameLander
 from kvtransfer.load_speeds import LoadSpeeds
 from kvtransfer.sources import FetchRequest, SourceRefused
 from kvtransfer.tiers.client import StoreClient
+from kvtransfer.transports.auth import ClusterTokenInterceptor
 from kvtransfer.transports.carriers import CARRIED_FRAME_BYTES
 from kvtransfer.transports.choose_carrier import CarrierHost, CarrierOptions, SenderCarriers
 from kvtransfer.transports.grpc_channel import make_bulk_server
 from kvtransfer.transports.grpc_fetch import FetchTarget
 from kvtransfer.transports.grpc_receive import BulkReceiver, KvTransferService, add_kv_services
 from kvtransfer.transports.grpc_serve import FetchServer
-from worker.auth import ClusterTokenInterceptor
 from worker.config import WorkerConfig
 from worker.kv_counters import KvCounters
 from worker.leasing import LeaseKeeper
@@ -41,7 +41,7 @@ class KvParts:
     """
 
     def __init__(self, engine: Engine, config: WorkerConfig, pace: Callable[[int], None]) -> None:
-        """Measures the codecs, some milliseconds each."""
+        """Measures the codecs that the profile's fidelity allows, some milliseconds each."""
         self.engine = engine
         self.config = config
         self.clock = time.monotonic
@@ -51,7 +51,7 @@ class KvParts:
         busy = BusyCores(config.service_cpus, lambda: book.encode_s, self.clock)
         self.choosers = CodecChoosers(book, busy, self.clock)
         self.choosers.check(config.codec, (config.fidelity,))
-        self.choosers.probe(engine.layout)
+        self.choosers.probe(engine.layout, config.fidelity)
         self.sink = CacheSink(engine.cache, engine.layout)
         self.credits = CreditBook(DEFAULT_LANDING_BYTES, max_frame_bytes(engine.layout, CARRIED_FRAME_BYTES))
         self.landing_carriers = CarrierHost(CarrierOptions())

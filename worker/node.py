@@ -18,11 +18,11 @@ from engine.engine import Engine
 from engine.events import StepResult
 from engine.runner import EngineOptions
 from headrace.v1 import cluster_pb2, worker_pb2
+from kvtransfer.cluster_token import cluster_metadata
 from kvtransfer.keys import root_key, tenant_secret
 from kvtransfer.leases import LeaseTable
 from text.tokenizer import Tokenizer
 from worker.affinity import pin_process
-from worker.auth import cluster_metadata
 from worker.config import WorkerConfig
 from worker.engine_thread import EngineThread
 from worker.facts import identity_digest, worker_hello, worker_identity, worker_report

@@ -73,6 +73,10 @@ class SourceFinder:
         self._engine = kv.engine
         self._block_tokens = kv.engine.layout.block_tokens
 
+    def anybody(self, holders: Sequence[Holder] = ()) -> bool:
+        """Whether there is anybody to ask at all: without, no keys need to be made."""
+        return bool(holders) or self._kv.store is not None
+
     def may_help(self, wanted: Wanted) -> bool:
         """Whether anybody may have blocks of the prompt that are not here; returns at once."""
         num_here = self._num_here(wanted)

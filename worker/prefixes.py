@@ -21,16 +21,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from kvtransfer.cluster_token import cluster_metadata
 from kvtransfer.codecs import CODECS
 from kvtransfer.fetching import FetchCause, FetchOutcome
 from kvtransfer.frames import LeaseRef
 from kvtransfer.lease_types import RequestId
 from kvtransfer.sources import FetchRequest
 from kvtransfer.transports.grpc_fetch import FetchSession
-from worker.auth import cluster_metadata
 from worker.kv import KvParts
 from worker.leasing import LeaseKeeper, NotReserved
-from worker.prefix_sources import STORE, Source, SourceFinder, Wanted
+from worker.prefix_sources import STORE, Holder, Source, SourceFinder, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,10 @@ class PrefixFetcher:
     def num_open(self) -> int:
         """Fetches that may hold blocks, also after their prompts have ended."""
         return len(self._open)
+
+    def anybody(self, holders: Sequence[Holder] = ()) -> bool:
+        """Whether there is anybody to ask at all: without, no keys need to be made for `bring`."""
+        return self._finder.anybody(holders)
 
     def bring(self, wanted: Wanted, then: Callable[[Brought], None]) -> PrefixFetch | None:
         """Load what is worth it, on a thread. `then` is called on the loop when that is over, however it ends.
@@ -215,7 +219,7 @@ class _Loading:
             first_block=num_hit,
             block_tokens=layout.block_tokens,
             layout=layout.identity(),
-            dtypes=tuple(plane.dtypes for plane in layout.planes),
+            dtypes=layout.dtypes,
             fidelity=wanted.bound,
             codecs=tuple((each.name, each.version) for each in CODECS if each.fidelity.rank <= wanted.bound),
         )

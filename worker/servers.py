@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from headrace.v1 import worker_pb2, worker_pb2_grpc
-from worker.auth import AsyncClusterTokenInterceptor
+from kvtransfer.transports.auth import AsyncClusterTokenInterceptor
 
 MAX_CONTROL_BYTES = 64 << 20
 

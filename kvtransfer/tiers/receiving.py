@@ -185,7 +185,7 @@ class ReceivingAreas:
 
 def shape_of(layout: CacheLayout, block_tokens: int) -> Shape:
     """What a store needs to know of a layout to find records for it."""
-    return Shape(layout.identity(), block_tokens, tuple(plane.dtypes for plane in layout.planes))
+    return Shape(layout.identity(), block_tokens, layout.dtypes)
 
 
 def why_not_storable(layout: CacheLayout, block_tokens: int) -> str | None:

@@ -11,6 +11,7 @@ That both run on one kernel is said here and proven when the sender opens the se
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import logging
 import os
 import threading
@@ -168,11 +169,15 @@ def _is_here(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True
-    own = (entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries)
     try:
-        return ipaddress.ip_address(host).is_loopback or host in own
+        return ipaddress.ip_address(host).is_loopback or host in _own_addresses()
     except ValueError:
         return False
+
+
+def _own_addresses() -> set[str]:
+    entries = itertools.chain.from_iterable(psutil.net_if_addrs().values())
+    return {entry.address.partition("%")[0] for entry in entries}
 
 
 def _shm_word(boot: str) -> str:

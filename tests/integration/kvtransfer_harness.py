@@ -28,7 +28,7 @@ from kvtransfer.transports.grpc_push import PushOptions, PushSession
 from kvtransfer.transports.grpc_receive import BulkReceiver, KvTransferService, add_kv_services
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from kvtransfer.choice import CodecChooser
     from kvtransfer.codecs import Codec
@@ -291,3 +291,46 @@ def raw_push(channel: grpc.Channel, messages: list[bytes]) -> list[bytes]:
     opening, *acks = push(iter(messages), timeout=20.0)
     decode_opening(opening)
     return acks
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Polls a condition that another thread brings about."""
+    give_up_at = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < give_up_at, "the condition did not come true"
+        time.sleep(0.005)
+
+
+def holding(gate: threading.Event) -> Callable[[int], None]:
+    """A pace that lets nothing land before the gate opens."""
+
+    def pace(num_bytes: int) -> None:
+        del num_bytes
+        gate.wait(20)
+
+    return pace
+
+
+def flip_messages(sender: Sender, numbers: set[int]) -> None:
+    """From now on the channel flips one payload bit in the messages of these ordinals."""
+    inner = sender.channel
+
+    class FlippingChannel:
+        def __getattr__(self, name: str) -> object:
+            return getattr(inner, name)
+
+        def stream_stream(self, method: str) -> object:
+            call = inner.stream_stream(method)
+
+            def flipped(messages: Iterator[bytes], **kwargs: object) -> object:
+                def damaged() -> Iterator[bytes]:
+                    for ordinal, message in enumerate(messages):
+                        if ordinal in numbers:
+                            message = message[:-5] + bytes([message[-5] ^ 4]) + message[-4:]
+                        yield message
+
+                return call(damaged(), **kwargs)
+
+            return flipped
+
+    sender.channel = FlippingChannel()  # type: ignore[assignment]

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -84,14 +83,6 @@ def let_go() -> None:
 @pytest.fixture
 def peer(peers: tuple[PeerProcess, PeerProcess]) -> PeerProcess:
     return peers[1]
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    shared = Path("/dev/shm")
-    path = (shared if shared.is_dir() else tmp_path) / f"headrace-test-{secrets.token_hex(4)}"
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,14 +84,6 @@ def push(
     outcome = sender.push_all(session, TOKENS)
     assert outcome.is_committed, outcome
     return session.stats()
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    shared = Path("/dev/shm")
-    path = (shared if shared.is_dir() else tmp_path) / f"headrace-test-{secrets.token_hex(4)}"
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from tests.integration.kvtransfer_fetch_harness import (
     cached_bytes,
     convert,
 )
-from tests.integration.kvtransfer_harness import GQA, MIXED
+from tests.integration.kvtransfer_harness import GQA, MIXED, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -62,14 +62,6 @@ def asker(answerer: Answerer) -> Iterator[Asker]:
     asker = Asker(answerer)
     yield asker
     asker.close()
-
-
-def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Polls a condition that another thread brings about."""
-    give_up_at = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < give_up_at, "the condition did not come true"
-        time.sleep(0.005)
 
 
 def is_idle(answerer: Answerer) -> bool:

@@ -32,45 +32,23 @@ from kvtransfer.lease_types import Grant, Landing, LeaseState, RequestId
 from kvtransfer.transports.grpc_channel import open_bulk_channel
 from kvtransfer.transports.grpc_push import PushOptions, PushSession
 from kvtransfer.transports.seam import HandoffRefused, TransferError
-from tests.integration.kvtransfer_harness import GQA, MIXED, Peer, Receiver, Sender, raw_push
+from tests.integration.kvtransfer_harness import (
+    GQA,
+    MIXED,
+    Peer,
+    Receiver,
+    Sender,
+    flip_messages,
+    holding,
+    raw_push,
+    wait_until,
+)
 
 pytestmark = pytest.mark.integration
 
 
 MIB_FRAMES = CacheLayout((Plane("k", 64, Paged(1), 8, (Field("k", 128, "float32"),)),), 16)
 """2 MiB for every 8 tokens: enough to fill what gRPC buffers."""
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    yield receiver
-    receiver.close()
-
-
-@pytest.fixture
-def sender(receiver: Receiver) -> Iterator[Sender]:
-    sender = Sender(receiver, 200)
-    yield sender
-    sender.close()
-
-
-def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Polls a condition that another thread brings about."""
-    give_up_at = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < give_up_at, "the condition did not come true"
-        time.sleep(0.005)
-
-
-def holding(gate: threading.Event) -> Callable[[int], None]:
-    """A pace that lets nothing land before the gate opens."""
-
-    def pace(num_bytes: int) -> None:
-        del num_bytes
-        gate.wait(20)
-
-    return pace
 
 
 def lease_pb(ref: LeaseRef) -> pb.LeaseRef:
@@ -173,31 +151,6 @@ def test_a_repeated_commit_gives_the_same_answer_and_adopts_once(receiver: Recei
 
 
 # ---- damage
-
-
-def flip_messages(sender: Sender, numbers: set[int]) -> None:
-    """From now on the channel flips one payload bit in the messages of these ordinals."""
-    inner = sender.channel
-
-    class FlippingChannel:
-        def __getattr__(self, name: str) -> object:
-            return getattr(inner, name)
-
-        def stream_stream(self, method: str) -> object:
-            call = inner.stream_stream(method)
-
-            def flipped(messages: Iterator[bytes], **kwargs: object) -> object:
-                def damaged() -> Iterator[bytes]:
-                    for ordinal, message in enumerate(messages):
-                        if ordinal in numbers:
-                            message = message[:-5] + bytes([message[-5] ^ 4]) + message[-4:]
-                        yield message
-
-                return call(damaged(), **kwargs)
-
-            return flipped
-
-    sender.channel = FlippingChannel()  # type: ignore[assignment]
 
 
 def test_damaged_frames_are_refused_sent_again_and_never_land(receiver: Receiver, sender: Sender) -> None:

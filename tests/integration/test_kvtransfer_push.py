@@ -21,26 +21,11 @@ from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, pieces_f
 from kvtransfer.lease_types import LeaseState
 from kvtransfer.transports.grpc_push import PushOptions
 from kvtransfer.transports.seam import TransferError
-from tests.integration.kvtransfer_harness import GQA, Receiver, Sender
-from tests.integration.test_kvtransfer_grpc import flip_messages, holding, wait_until
+from tests.integration.kvtransfer_harness import GQA, Receiver, Sender, flip_messages, holding, wait_until
 
 pytestmark = pytest.mark.integration
 
 EXACT = [newest_codec("raw"), newest_codec("split")]
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    yield receiver
-    receiver.close()
-
-
-@pytest.fixture
-def sender(receiver: Receiver) -> Iterator[Sender]:
-    sender = Sender(receiver, 200)
-    yield sender
-    sender.close()
 
 
 class Alternating:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ from kvtransfer.tiers.wire import offer_to_wire
 from kvtransfer.transports.grpc_fetch import FetchSession, FetchTarget
 from kvtransfer.transports.grpc_push import PushOptions, PushSession
 from kvtransfer.transports.seam import TransferError
-from tests.integration.kvtransfer_harness import GQA, MIXED, PagedStore, Receiver
+from tests.integration.kvtransfer_harness import GQA, MIXED, PagedStore, Receiver, wait_until
 from tests.tier_blocks import SECRET, key
 
 if TYPE_CHECKING:
@@ -236,12 +235,8 @@ def test_after_a_restart_the_same_blocks_come_from_disk(
     assert (stats.disk_hits, stats.host_hits) == (6, 0)
     assert reader.fetch(writer.keys).num_blocks == 6  # they moved up
     assert second.stats().host_hits == 6
-    give_up_at = (
-        time.monotonic() + 10.0
-    )  # the blocks are let go when the stream has ended, which takes a moment
-    while {tier.num_pinned for tier in second.stats().tiers} != {0}:
-        assert time.monotonic() < give_up_at, "blocks stay pinned after their fetch"
-        time.sleep(0.01)
+    # The blocks are let go when the stream has ended, which takes a moment.
+    wait_until(lambda: {tier.num_pinned for tier in second.stats().tiers} == {0})
 
 
 def test_a_run_ends_where_a_block_is_missing_and_may_begin_anywhere(
@@ -342,9 +337,7 @@ def test_pieces_that_cross_blocks_are_refused(
     granted = writer.offer()
     assert isinstance(granted, Granted)
     session = writer.push(granted, align_tokens=None)
-    deadline = time.monotonic() + 10
-    while session.error is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: session.error is not None)
     assert session.error is not None
     assert session.error.cause == "BAD_PIECE"
     assert "cross key blocks" in session.error.message

@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from headrace.v1 import kvtransfer_pb2, kvtransfer_pb2_grpc, worker_pb2
+from kvtransfer.cluster_token import cluster_metadata
 from kvtransfer.frames import FrameHeader, LeaseRef, decode_ack, encode_frame
 from kvtransfer.layouts import Piece
 from kvtransfer.lease_types import Refusal
@@ -29,7 +30,6 @@ from tests.worker_nodes import (
     session,
     worker,
 )
-from worker.auth import cluster_metadata
 from worker.config import WorkerRole
 from worker.fencing import running_s
 

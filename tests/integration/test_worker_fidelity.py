@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from headrace.v1 import worker_pb2
+from kvtransfer.cluster_token import cluster_metadata
 from kvtransfer.frames import AckFault, FrameHeader, LeaseRef, decode_ack, encode_frame
 from kvtransfer.layouts import Piece
 from kvtransfer.tiers.server import StoreConfig, StoreServer
@@ -28,7 +29,6 @@ from tests.worker_nodes import (
     wait_until,
     worker,
 )
-from worker.auth import cluster_metadata
 from worker.config import WorkerRole
 from worker.node import WorkerNode
 from worker.prefix_sources import STORE

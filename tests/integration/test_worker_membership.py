@@ -12,10 +12,10 @@ import grpc
 import pytest
 
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc
+from kvtransfer.cluster_token import cluster_metadata
 from tests.scripted_router import SessionClient
 from tests.tiny_model import make_tiny_model
 from tests.worker_nodes import PATIENCE_S, SECRET, worker
-from worker.auth import cluster_metadata
 from worker.config import WorkerRole
 
 pytestmark = pytest.mark.integration

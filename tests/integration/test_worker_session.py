@@ -9,10 +9,10 @@ import grpc
 import pytest
 
 from headrace.v1 import worker_pb2, worker_pb2_grpc
+from kvtransfer.cluster_token import cluster_metadata
 from tests.scripted_router import SessionClient, generate_locally, hand_over, request_key, task
 from tests.tiny_model import make_tiny_model
 from tests.worker_nodes import SECRET, StepGate, assert_nothing_held, random_prompt, session, worker
-from worker.auth import cluster_metadata
 from worker.config import WorkerRole
 from worker.node import WorkerNode
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.load_speeds import FORGET_S, MAX_SOURCES, LoadSpeeds
-from kvtransfer.worth import LONG_PREFIX_TOKENS, MARGIN, PrefixPart, decide_load, decide_parts
+from kvtransfer.worth import LONG_PREFIX_TOKENS, MARGIN, LoadDecision, PrefixPart, decide_parts
 
 pytestmark = pytest.mark.unit
 
@@ -18,6 +18,13 @@ def part(
     source: str, end_token: int, num_tokens: int, bytes_per_s: float | None, fixed_s: float = 1e-3
 ) -> PrefixPart:
     return PrefixPart(source, end_token, num_tokens * KV_BYTES, bytes_per_s, fixed_s)
+
+
+def decide_load(
+    here: int, found: int, num_bytes: int, bytes_per_s: float | None, fixed_s: float, prefill_s: float | None
+) -> LoadDecision:
+    """All of what was found from one source."""
+    return decide_parts(here, [PrefixPart("source", found, num_bytes, bytes_per_s, fixed_s)], prefill_s)
 
 
 def test_a_load_that_beats_computing_is_taken_with_its_reason() -> None:
