@@ -115,28 +115,32 @@ class Pair:
 
     def move(self, method: Method) -> Move:
         """Once. Raises RuntimeError where an exact codec did not bring the same bytes."""
-        cpu_before = self._cpu_s()
-        answer = self._bare(method) if method.is_bare else self._push(method)
-        return Move(answer["seconds"], self._cpu_s() - cpu_before, answer.get("wire_bytes", self.kv_bytes))
+        return self._bare(method) if method.is_bare else self._push(method)
 
     def close(self) -> None:
         """End both processes."""
         self.sender.close()
         self.receiver.close()
 
-    def _bare(self, method: Method) -> dict[str, Any]:
+    def _bare(self, method: Method) -> Move:
         arguments = {"congestion": method.congestion, "num_bytes": self.kv_bytes}
         port = self.receiver.ask("tcp_listen", **arguments)["port"]
-        return self.sender.ask("tcp_send", host=self.link.receiver_host, port=port, **arguments)
+        return self._timed("tcp_send", host=self.link.receiver_host, port=port, **arguments)
 
-    def _push(self, method: Method) -> dict[str, Any]:
+    def _push(self, method: Method) -> Move:
         self._num_moves += 1
         lease = self.receiver.ask("grant", request=str(self._num_moves))["lease"]
-        answer = self.sender.ask("push", lease=lease, codec=method.codec, carrier=method.carrier)
+        move = self._timed("push", lease=lease, codec=method.codec, carrier=method.carrier)
         landed = self.receiver.ask("release", lease=lease)["checksums"]
         if _is_exact(method.codec) and landed != self._expected:
             raise RuntimeError(f"{method.name}: what landed is not what was sent")
-        return answer
+        return move
+
+    def _timed(self, do: str, **arguments: Any) -> Move:
+        """Preparing and checking stay outside."""
+        cpu_before = self._cpu_s()
+        answer = self.sender.ask(do, **arguments)
+        return Move(answer["seconds"], self._cpu_s() - cpu_before, answer.get("wire_bytes", self.kv_bytes))
 
     def _cpu_s(self) -> float:
         return sum(end.ask("cpu")["cpu_s"] for end in (self.sender, self.receiver))

@@ -61,6 +61,7 @@ class End:
         self.num_tokens = 0
         self._listening: Any = None
         self._received: threading.Thread | None = None
+        self._noise = b""
 
     def cpu(self) -> dict[str, float]:
         """Seconds of processor time of this process so far."""
@@ -88,7 +89,7 @@ class End:
 
     def tcp_listen(self, congestion: str, num_bytes: int) -> dict[str, Any]:
         """Take `num_bytes` from the next connection, in the background."""
-        buffer = memoryview(bytearray(num_bytes))
+        buffer = memoryview(np.ones(num_bytes, np.uint8)).cast("B")  # written to, so that its pages are there
         server = tcp.listen(self.host, congestion)
         self._received = threading.Thread(target=tcp.receive, args=(server, buffer), daemon=True)
         self._received.start()
@@ -96,8 +97,9 @@ class End:
 
     def tcp_send(self, host: str, port: int, congestion: str, num_bytes: int) -> dict[str, float]:
         """Send that many bytes."""
-        data = memoryview(np.random.default_rng(1).bytes(num_bytes))
-        return {"seconds": tcp.send(host, port, congestion, data)}
+        if len(self._noise) != num_bytes:
+            self._noise = np.random.default_rng(1).bytes(num_bytes)
+        return {"seconds": tcp.send(host, port, congestion, memoryview(self._noise))}
 
 
 class ReceivingEnd(End):

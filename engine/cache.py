@@ -4,9 +4,10 @@ Implements kvtransfer's CacheStore. Whose block is whose is the pool's business;
 positions into slots. Storage is [layers, heads, slots, width], so that the keys of a tile are one gather.
 The last block belongs to nobody: padding rows write there and padded tiles read it.
 
-A piece is copied row by row (the `width` numbers of one layer, head and slot), in canonical order, by one
-operation over an array of row numbers: the bytes are touched once. On the CPU that is numpy's, on rows as
-opaque values: it copies each with memcpy, takes memory of any alignment, and lets other threads run meanwhile.
+A piece is copied row by row (the `width` numbers of one layer, head and slot), in canonical order: for every run
+of consecutive slots one strided copy of a box, so that the bytes are touched once. On the CPU that is numpy's, on
+rows as opaque values: it runs at the speed of memcpy where blocks lie side by side, takes memory of any alignment,
+and lets other threads run meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import numpy as np
 import torch
 
 from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, convertible
+
+Run = tuple[slice, slice]
+"""Some of a piece's entries, counted from its first, and the consecutive slots that they lie in."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,42 +75,39 @@ class PagedCache:
         self, owner: bytes, piece: Piece, wire: Plane, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The piece's canonical bytes (see CacheStore). `out` may begin at any address."""
-        dtype = self._wire_dtype(piece, wire)
-        index, num_bytes = self._row_index(owner, piece), wire.num_bytes(piece)
+        dtype, num_bytes = self._wire_dtype(piece, wire), wire.num_bytes(piece)
+        runs = self._runs(owner, piece.entries)
         if out is not None and len(out) != num_bytes:
             raise ValueError(f"a piece of {num_bytes} bytes does not fit into {len(out)}")
         stored = self.planes[piece.plane]
         if stored.is_cuda:
-            rows = stored.view(-1, stored.shape[-1]).index_select(
-                0, torch.from_numpy(index).to(stored.device)
-            )
-            raw = rows.to(dtype).view(torch.uint8).reshape(-1)
+            raw = gather_box(stored, piece, runs, dtype)
             return raw if out is None else out.copy_(raw)
         raw = torch.empty(num_bytes, dtype=torch.uint8) if out is None else out
         if dtype == stored.dtype:
-            self._take(piece.plane, index, raw)
+            self._take(piece, runs, raw)
         else:
-            rows = torch.empty(len(index) * stored.shape[-1], dtype=stored.dtype)
-            self._take(piece.plane, index, rows.view(torch.uint8))
-            _numbers(raw, dtype).copy_(rows)
+            same = torch.empty(raw.numel() // dtype.itemsize, dtype=stored.dtype)
+            self._take(piece, runs, same.view(torch.uint8))
+            _numbers(raw, dtype).copy_(same)
         return raw
 
     def scatter(self, owner: bytes, piece: Piece, wire: Plane, data: torch.Tensor) -> None:
         """Write a piece that `gather` gave, here or on another worker. `data` may begin at any address."""
-        dtype = self._wire_dtype(piece, wire)
-        index, num_bytes = self._row_index(owner, piece), wire.num_bytes(piece)
+        dtype, num_bytes = self._wire_dtype(piece, wire), wire.num_bytes(piece)
+        runs = self._runs(owner, piece.entries)
         if len(data) != num_bytes:
             raise ValueError(f"{len(data)} bytes for a piece of {num_bytes}")
         stored = self.planes[piece.plane]
         if stored.is_cuda:
-            numbers = data.to(stored.device).view(dtype).to(stored.dtype)
-            by_row = stored.view(-1, stored.shape[-1])
-            by_row.index_copy_(0, torch.from_numpy(index).to(stored.device), numbers.view(len(index), -1))
+            scatter_box(stored, piece, runs, data.to(stored.device).view(dtype))
             return
         raw = data.cpu()
         if dtype != stored.dtype:
             raw = _numbers(raw, dtype).to(stored.dtype).view(torch.uint8)
-        self._rows[piece.plane][index] = raw.numpy().view(self._rows[piece.plane].dtype)
+        box, given = self._box(piece), self._canonical(piece, raw)
+        for part, slots in runs:
+            box[:, :, slots] = given[:, part].transpose(0, 2, 1)
 
     def fence(self) -> None:
         """Wait until everything scattered can be read by the next step."""
@@ -133,29 +134,39 @@ class PagedCache:
             raise ValueError(f"plane {piece.plane!r} is {here} here, cannot be {there}")
         return DTYPES[there]
 
-    def _row_index(self, owner: bytes, piece: Piece) -> np.ndarray:
-        """Of every row of the piece, in canonical order, its number in [layers · heads · slots]."""
-        _, num_heads, num_slots, _ = self.planes[piece.plane].shape
-        heads = np.arange(piece.heads.start, piece.heads.stop) * num_slots
-        layers = np.arange(piece.layers.start, piece.layers.stop) * (num_heads * num_slots)
-        one_layer = np.add.outer(self._slots(owner, piece.entries), heads).reshape(-1)
-        return np.add.outer(layers, one_layer).reshape(-1)
-
-    def _slots(self, owner: bytes, entries: range) -> np.ndarray:
+    def _runs(self, owner: bytes, entries: range) -> list[Run]:
+        """The entries in stretches that lie in consecutive slots."""
         size, blocks = self.layout.block_tokens, self._blocks_of(owner)
         first, end = entries.start // size, -(-entries.stop // size)
         if end > len(blocks):
             raise ValueError(
                 f"entries up to {entries.stop}, but owner {owner.hex()} has {len(blocks)} blocks of {size}"
             )
-        starts = np.asarray(blocks[first:end], dtype=np.int64) * size
-        slots = np.add.outer(starts, np.arange(size)).reshape(-1)
-        return slots[entries.start - first * size : entries.stop - first * size]
+        runs: list[Run] = []
+        start = entries.start
+        for index in range(first, end):
+            if index + 1 == end or blocks[index + 1] != blocks[index] + 1:
+                stop = min(entries.stop, (index + 1) * size)
+                last = blocks[index] * size + (stop - 1) % size
+                part = slice(start - entries.start, stop - entries.start)
+                runs.append((part, slice(last - (stop - 1 - start), last + 1)))
+                start = stop
+        return runs
 
-    def _take(self, plane: str, index: np.ndarray, out: torch.Tensor) -> None:
-        rows = self._rows[plane]
-        # The index is in range; without "clip", numpy would fill a copy of `out` first in case it is not.
-        np.take(rows, index, out=out.numpy().view(rows.dtype), mode="clip")
+    def _take(self, piece: Piece, runs: list[Run], out: torch.Tensor) -> None:
+        box, taken = self._box(piece), self._canonical(piece, out)
+        for part, slots in runs:
+            taken[:, part] = box[:, :, slots].transpose(0, 2, 1)
+
+    def _box(self, piece: Piece) -> np.ndarray:
+        """The plane's rows [layers, heads, slots], all slots."""
+        layers, heads = piece.layers, piece.heads
+        return self._rows[piece.plane][layers.start : layers.stop, heads.start : heads.stop]
+
+    def _canonical(self, piece: Piece, raw: torch.Tensor) -> np.ndarray:
+        """A piece's bytes as rows [layers, entries, heads]."""
+        shape = (len(piece.layers), len(piece.entries), len(piece.heads))
+        return raw.numpy().view(self._rows[piece.plane].dtype).reshape(shape)
 
     def _block_slots(self, blocks: Sequence[int]) -> torch.Tensor:
         size = self.layout.block_tokens
@@ -163,10 +174,33 @@ class PagedCache:
         return torch.from_numpy(slots.reshape(-1)).to(next(iter(self.planes.values())).device)
 
 
+def gather_box(stored: torch.Tensor, piece: Piece, runs: Sequence[Run], dtype: torch.dtype) -> torch.Tensor:
+    """A piece's canonical bytes in `dtype` out of a plane [layers, heads, slots, width], on the plane's device."""
+    rows = _rows_of(stored, piece).index_select(2, _slots(runs, stored.device))
+    return rows.transpose(1, 2).to(dtype).contiguous().view(torch.uint8).reshape(-1)
+
+
+def scatter_box(stored: torch.Tensor, piece: Piece, runs: Sequence[Run], numbers: torch.Tensor) -> None:
+    """The opposite: `numbers` are the piece's, flat in canonical order, on the plane's device."""
+    shape = (len(piece.layers), len(piece.entries), len(piece.heads), stored.shape[-1])
+    rows = numbers.to(stored.dtype).view(shape).transpose(1, 2)
+    _rows_of(stored, piece).index_copy_(2, _slots(runs, stored.device), rows)
+
+
+def _rows_of(stored: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return stored[piece.layers.start : piece.layers.stop, piece.heads.start : piece.heads.stop]
+
+
+def _slots(runs: Sequence[Run], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.arange(slots.start, slots.stop) for _, slots in runs])).to(
+        device
+    )
+
+
 def _by_row(tensor: torch.Tensor) -> np.ndarray:
-    """A plane's memory as an array of rows, each one opaque value."""
+    """A plane's memory as rows [layers, heads, slots], each one opaque value."""
     raw = tensor.view(torch.uint8)
-    return raw.reshape(-1).numpy().view(f"V{raw.shape[-1]}")
+    return raw.numpy().view(f"V{raw.shape[-1]}")[..., 0]
 
 
 def _numbers(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

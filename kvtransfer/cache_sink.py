@@ -36,8 +36,9 @@ class CacheSink:
         header = frame.header
         wire = self._layout.plane(header.piece.plane).with_dtypes(header.dtypes)
         codec = find_codec(header.codec, header.codec_version)
-        # A few bytes may declare a piece beyond the lease's memory: refused here, before it is decoded.
-        self._cache.gather(landing.lease_id, _last_entry(header.piece), wire)
+        if len(frame.payload) < header.raw_bytes:
+            # A few bytes may declare a piece beyond the lease's memory: refused here, before it is decoded.
+            self._cache.gather(landing.lease_id, _last_entry(header.piece), wire)
         raw = codec.decode(frame.payload, wire, header.piece)
         if len(raw) != header.raw_bytes:
             raise ValueError(f"decoded to {len(raw)} bytes, declared {header.raw_bytes}")

@@ -1,6 +1,6 @@
 """Codecs that treat every field of a plane by itself: how a payload is cut into fields, for all of them.
 
-A payload of version 1 is one section per field of the plane, in the plane's order:
+A payload is one section per field of the plane, in the plane's order:
     u8   mode
     u32  number of bytes that follow, little endian
     …    the body
@@ -83,10 +83,16 @@ class NumberCoder(Protocol):
 class FieldwiseCodec:
     """A codec made of one NumberCoder, and the lossless one for what that cannot hold."""
 
-    version = 1
-
-    def __init__(self, name: str, fidelity: Fidelity, own: NumberCoder | None, lossless: NumberCoder) -> None:
+    def __init__(
+        self,
+        name: str,
+        fidelity: Fidelity,
+        own: NumberCoder | None,
+        lossless: NumberCoder,
+        version: int = 1,
+    ) -> None:
         self.name = name
+        self.version = version
         self.fidelity = fidelity
         self._coders = {SPLIT: lossless} if own is None else {OWN: own, SPLIT: lossless}
 

@@ -22,24 +22,21 @@ _REBIAS = 2.0**120  # from e4m3's exponents (bias 7) to those of bfloat16 (bias 
 class Fp8Quantizer:
     """Quantizer of what is above."""
 
-    bits = 8
-    num_scales = 1
-    keeps_sink = False
+    decodes_from = torch.int16
 
-    def quantize(self, numbers: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def quantize(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = compact(numbers.abs().amax(2, keepdim=True) / _LARGEST)
         # A scale that was rounded down by 1/512 leaves 449: still nearest to 448.
         small = numbers.mul_(reciprocal(scale)).to(torch.float8_e4m3fn).view(torch.uint8)
-        return [scale], (small << 1).bitwise_or_(small >> 7)
+        return scale, (small << 1).bitwise_or_(small >> 7)
 
-    def restore(self, codes: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
+    def restore(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         # The bits of an e4m3 number, at the places that bfloat16 has for them, are the number times 2^-120;
         # torch's own conversion is ten times as slow.
-        wide = codes.to(torch.int16)
         numbers = (
-            (wide << 3).bitwise_and_(0x07F0).bitwise_or_(wide.bitwise_left_shift_(15)).view(torch.bfloat16)
+            (codes << 3).bitwise_and_(0x07F0).bitwise_or_(codes.bitwise_left_shift_(15)).view(torch.bfloat16)
         )
-        return numbers.to(torch.float32).mul_(_REBIAS).mul_(scales[0])
+        return numbers.to(torch.float32).mul_(_REBIAS).mul_(scale)
 
 
 class Fp8Codec(FieldwiseCodec):

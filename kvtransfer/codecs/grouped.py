@@ -1,16 +1,14 @@
-"""Numbers cut into groups of at most 64 that share a scale, and codes of 4 or 8 bits for them.
+"""Numbers cut into groups of at most 64 that share a scale, and codes of 8 bits for them.
 
 Keys have outliers in fixed channels and values in single tokens (KIVI, Liu et al. 2024; KVQuant, Hooper et al.
 2024), so a plane with scale_along "channel" has groups of consecutive entries of one channel of a layer, any other
 plane groups of consecutive channels of one entry and head. L numbers along that axis are cut into g = ⌈L / 64⌉
 groups of ⌈L / g⌉; the last one may be shorter.
 
-Mode OWN of `fieldwise` for `int8`, `fp8` and `int4`, body of version 1, n = heads · width:
-    int4 only: stream  the first entry's bytes (see `sink`)
-    stream  of each scale of the codec, bf16 [layers, g, n] for "channel", [layers, entries, heads, g] for others
-    stream  high halves of the codes as pairs [⌈layers · entries / 2⌉, n] (see `nibbles`); codes of 4 bits are
-            high halves only
-    8 bits only: stream  low halves, pairs of the same shape; stored, since they do not compress
+Mode OWN of `fieldwise` for `int8` and `fp8`, body of version 1, n = heads · width:
+    stream  scales, bf16 [layers, g, n] for "channel", [layers, entries, heads, g] for others
+    stream  high halves of the codes as pairs [⌈layers · entries / 2⌉, n] (see `nibbles`)
+    stream  low halves, pairs of the same shape; stored, since they do not compress
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import torch
 
 from kvtransfer.codecs.nibbles import pack_pairs, read_pairs
 from kvtransfer.codecs.parts import parts
-from kvtransfer.codecs.sink import put_sink, read_sink, restore_sink
 
 if TYPE_CHECKING:
     from kvtransfer.codecs.fieldwise import FieldBox
@@ -41,29 +38,22 @@ class Quantizer(Protocol):
     [outer, groups, 1, inner]."""
 
     @property
-    def bits(self) -> int:
-        """4 or 8."""
+    def decodes_from(self) -> torch.dtype:
+        """What codes are to `restore`."""
 
-    @property
-    def num_scales(self) -> int:
-        """How many scales a group has."""
-
-    @property
-    def keeps_sink(self) -> bool:
-        """Whether the first entry of a sequence travels as it is."""
-
-    def quantize(self, numbers: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def quantize(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """bfloat16 scales, and codes as uint8 like `numbers`, which may be overwritten."""
 
-    def restore(self, codes: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
-        """Numbers from uint8 codes and float32 scales."""
+    def restore(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Numbers from codes, which may be overwritten, and float32 scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """How the numbers of a field are grouped."""
+    """How the numbers of a field are grouped. `multiple`: of which the size of a group is one."""
 
     box: FieldBox
+    multiple: int = 1
 
     @property
     def length(self) -> int:
@@ -75,7 +65,7 @@ class Grouping:
 
     @property
     def size(self) -> int:
-        return -(-self.length // self.groups)
+        return -(-self.length // (self.groups * self.multiple)) * self.multiple
 
     @property
     def scales_shape(self) -> tuple[int, int, int]:
@@ -107,6 +97,20 @@ class Grouping:
             whole[:, length:] = flat[:, -1:]
         return whole.view(-1, groups, self.size, inner)
 
+    def shape_of(self, part: torch.Tensor) -> tuple[int, int, int]:
+        """(outer, groups, inner) of what `cut` makes of a part."""
+        num_layers, num_entries, num_heads, width = part.shape
+        if self.box.per_channel:
+            return num_layers, -(-num_entries // self.size), num_heads * width
+        return num_layers * num_entries * num_heads, -(-width // self.size), 1
+
+    def by_entry(self, grouped: torch.Tensor, part: Part) -> torch.Tensor:
+        """A view of numbers as `cut` gives them: [layers, entries, …], for "channel" with the padding's entries."""
+        num_layers = part.layers.stop - part.layers.start
+        if self.box.per_channel:
+            return grouped.view(num_layers, -1, grouped.shape[-1])
+        return grouped.view(num_layers, part.entries.stop - part.entries.start, -1)
+
     def trim(self, grouped: torch.Tensor, part: Part) -> torch.Tensor:
         """[outer, groups, size, inner] of a part → [layers, entries, heads, width]."""
         box, num_layers = self.box, part.layers.stop - part.layers.start
@@ -122,50 +126,34 @@ class GroupedCoder:
         self._quantizer = quantizer
 
     def encode(self, values: torch.Tensor, box: FieldBox, out: StreamWriter) -> bool:
-        quantizer, grouping = self._quantizer, Grouping(box)
-        if quantizer.keeps_sink:
-            values = put_sink(values, box, out)
+        grouping = Grouping(box)
         codes = torch.empty(box.shape, dtype=torch.uint8, device=values.device)
-        scales = [
-            torch.empty(grouping.scales_shape, dtype=torch.bfloat16, device=values.device)
-            for _ in range(quantizer.num_scales)
-        ]
+        scales = torch.empty(grouping.scales_shape, dtype=torch.bfloat16, device=values.device)
         for part in parts(box, values.device, grouping.size if box.per_channel else 1):
             numbers = grouping.cut(values[part.layers, part.entries], torch.float32)
-            found, steps = quantizer.quantize(numbers)
+            found, steps = self._quantizer.quantize(numbers)
             codes[part.layers, part.entries] = grouping.trim(steps, part)
-            for whole, each in zip(scales, found, strict=True):
-                target = whole[grouping.part_of_scales(part)]
-                target.copy_(each.view(target.shape))
-        reach = sum(scale.abs().amax().float() for scale in scales) * (1 << quantizer.bits)
-        if not bool(reach < _LARGEST[box.dtype]):  # false for NaN, too
+            target = scales[grouping.part_of_scales(part)]
+            target.copy_(found.view(target.shape))
+        if not bool(scales.abs().amax().float() * 256 < _LARGEST[box.dtype]):  # false for NaN, too
             return False
         rows = codes.view(box.rows, box.columns)
-        if quantizer.bits == 4:
-            out.put([*scales, pack_pairs(rows)], [True] * len(scales) + [True])
-        else:
-            halves = [pack_pairs(rows >> 4), pack_pairs(rows & 15)]
-            out.put([*scales, *halves], [True] * len(scales) + [True, False])
+        out.put([scales, pack_pairs(rows >> 4), pack_pairs(rows & 15)], [True, True, False])
         return True
 
     def decode(self, streams: StreamReader, box: FieldBox) -> torch.Tensor:
-        quantizer, grouping = self._quantizer, Grouping(box)
-        sink = read_sink(streams, box) if quantizer.keeps_sink else None
+        grouping, dtype = Grouping(box), self._quantizer.decodes_from
         num_scales = grouping.scales_shape[0] * grouping.scales_shape[1] * grouping.scales_shape[2]
-        scales = [
-            streams.stream(2 * num_scales).view(torch.bfloat16).view(grouping.scales_shape)
-            for _ in range(quantizer.num_scales)
-        ]
-        rows = read_pairs(streams, box.rows, box.columns)
-        if quantizer.bits == 8:
-            rows = torch.add(read_pairs(streams, box.rows, box.columns), rows, alpha=16)
-        codes, values = rows.view(box.shape), torch.empty(box.shape, dtype=box.dtype)
+        scales = streams.stream(2 * num_scales).view(torch.bfloat16).view(grouping.scales_shape)
+        high, low = (read_pairs(streams, box.rows, box.columns) for _ in range(2))
+        codes = torch.add(low, high, alpha=16).view(box.shape)
+        values = torch.empty(box.shape, dtype=box.dtype)
         for part in parts(box, codes.device, grouping.size if box.per_channel else 1):
-            grouped = grouping.cut(codes[part.layers, part.entries], torch.uint8)
+            grouped = grouping.cut(codes[part.layers, part.entries], dtype)
             shape = (grouped.shape[0], grouped.shape[1], 1, grouped.shape[3])
-            scale = [each[grouping.part_of_scales(part)].float().reshape(shape) for each in scales]
-            values[part.layers, part.entries] = grouping.trim(quantizer.restore(grouped, scale), part)
-        return restore_sink(values, sink)
+            scale = scales[grouping.part_of_scales(part)].float().reshape(shape)
+            values[part.layers, part.entries] = grouping.trim(self._quantizer.restore(grouped, scale), part)
+        return values
 
 
 def compact(scale: torch.Tensor) -> torch.Tensor:

@@ -20,18 +20,16 @@ _ZERO = 128
 class Int8Quantizer:
     """Quantizer of what is above."""
 
-    bits = 8
-    num_scales = 1
-    keeps_sink = False
+    decodes_from = torch.float32
 
-    def quantize(self, numbers: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def quantize(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = compact(numbers.abs().amax(2, keepdim=True) / _STEPS)
         # A scale that was rounded down by 1/512 leaves 127.25 steps: not yet 128.
         steps = numbers.mul_(reciprocal(scale)).round_().to(torch.int8)
-        return [scale], steps.view(torch.uint8).add_(_ZERO)
+        return scale, steps.view(torch.uint8).add_(_ZERO)
 
-    def restore(self, codes: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
-        return codes.to(torch.float32).sub_(_ZERO).mul_(scales[0])
+    def restore(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return codes.sub_(_ZERO).mul_(scale)
 
 
 class Int8Codec(FieldwiseCodec):

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Frames of any layout come here, so the longest is not known; nearly all have about 1 MiB.
-FRAME_BYTES = 2 << 20
+# Frames of any layout come here, so the longest is not known; nearly all have about 2 MiB.
+FRAME_BYTES = 4 << 20
 TICK_S = 0.25
 
 

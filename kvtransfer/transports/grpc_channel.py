@@ -1,6 +1,6 @@
 """Channels and servers for bulk transfer, with the options that both ends must agree on.
 
-Bulk has channels and a server of its own: a stream of 1 MiB messages on a shared connection would
+Bulk has channels and a server of its own: a stream of 2 MiB messages on a shared connection would
 delay tokens. The server is the threaded one: landing copies megabytes and must not hold an event loop.
 """
 
@@ -20,7 +20,7 @@ BULK_SERVICE = "headrace.v1.KvBulk"
 # dies, its messages may just end.
 LAST_WORD = b""
 
-# A piece is about 1 MiB, more only where one entry of one layer already is.
+# A piece is about 2 MiB, more only where one entry of one layer already is.
 MAX_MESSAGE_BYTES = 16 << 20
 
 _COMMON_OPTIONS = [

@@ -54,7 +54,7 @@ class PatternCache:
     def __init__(self) -> None:
         self.num_bytes_written = 0
         self._pattern = torch.randint(
-            0, 256, (2 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
+            0, 256, (4 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
         )
         self._lock = threading.Lock()
 

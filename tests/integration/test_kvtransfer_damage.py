@@ -459,10 +459,9 @@ def test_a_payload_that_would_become_more_than_the_piece_is_refused_before_it_do
     line.assert_goes_on(codec)
 
 
-@pytest.mark.parametrize("codec", [newest_codec("int4"), newest_codec("ecsq")], ids=["int4", "ecsq"])
-def test_a_piece_beyond_the_leases_memory_is_refused_before_it_is_decoded(line: Line, codec: Codec) -> None:
-    """Half a kilobyte that is a good frame of a piece of 60 MiB."""
-    plane = LAYOUT.planes[0]
+def test_a_piece_beyond_the_leases_memory_is_refused_before_it_is_decoded(line: Line) -> None:
+    """Half a kilobyte that is a good frame of a piece of 60 MiB: no other codec makes so little of zeros."""
+    codec, plane = newest_codec("ecsq"), LAYOUT.planes[0]
     piece = Piece("k", range(2), range(2), range(START_TOKEN, START_TOKEN + 60 * MIB // 64))
     num_bytes = plane.num_bytes(piece)
     payload = codec.encode(torch.zeros(num_bytes, dtype=torch.uint8), plane, piece)

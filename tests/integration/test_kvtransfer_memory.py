@@ -85,7 +85,7 @@ def check_bounds(peaks: Peaks, num_streams: int, landing_bytes: int, window_byte
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_streams", "landing_bytes"), [(1024, 1, 8 << 20), (256, 4, 16 << 20)]
+    ("num_tokens", "num_streams", "landing_bytes"), [(1024, 1, 8 << 20), (256, 4, 24 << 20)]
 )
 def test_256_mib_through_a_slow_receiver_stay_within_the_bounds(
     num_tokens: int, num_streams: int, landing_bytes: int

@@ -192,7 +192,7 @@ def test_a_sender_reads_no_more_than_the_receivers_credit() -> None:
 
 
 def test_a_stream_more_than_the_budget_carries_waits_for_its_turn() -> None:
-    receiver = Receiver(MIB_FRAMES, landing_bytes=5 << 20)
+    receiver = Receiver(MIB_FRAMES, landing_bytes=10 << 20)
     assert receiver.credits.max_streams == 2
     sender = Sender(receiver, 16, MIB_FRAMES)
     leave = threading.Event()

@@ -14,7 +14,7 @@ A message up is one frame:
   4       8     xxh3-64 of header length, header and payload, unsigned little endian
   12      4     header length H in bytes, at most 1024, unsigned little endian
   16      H     header, msgpack map with the keys below; unknown keys are ignored
-  16+H    ...   payload, about 1 MiB; of "HRS1" 12 bytes instead: number of the offer (4), slot (4), length of
+  16+H    ...   payload, about 2 MiB; of "HRS1" 12 bytes instead: number of the offer (4), slot (4), length of
                 the payload (4), unsigned little endian
 
 The checksum covers the header: a flipped bit in a range would land good bytes in a wrong place. It is the
