@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 # A frame costs both ends about as much in Python and gRPC as a megabyte costs them in copies. Where its bytes do
-# not pass through gRPC, larger ones pay: 4 MiB took a fifth less CPU than 2 MiB, half of what 1 MiB took. A frame that is larger than
+# not pass through gRPC, larger ones pay: 4 MiB took half of the CPU that 1 MiB took. A frame that is larger than
 # a slot goes inline.
 CARRIED_FRAME_BYTES = 4 << 20
 DEFAULT_NUM_SLOTS = 4
