@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from bench import tcp
+from bench import bare_grpc, tcp
 from engine.cache import PagedCache, gqa_layout
 from engine.pool import BlockPool
 from headrace.v1 import kvtransfer_pb2 as pb
@@ -31,7 +31,7 @@ from kvtransfer.credit import DEFAULT_LANDING_BYTES, CreditBook
 from kvtransfer.desk import LeaseDesk
 from kvtransfer.frames import LeaseRef, max_frame_bytes
 from kvtransfer.landing import FrameLander
-from kvtransfer.layouts import CacheLayout
+from kvtransfer.layouts import DEFAULT_PIECE_BYTES, CacheLayout
 from kvtransfer.lease_types import Grant, RequestId
 from kvtransfer.leases import LeaseTable
 from kvtransfer.transports.carriers import CARRIED_FRAME_BYTES
@@ -100,6 +100,25 @@ class End:
         if len(self._noise) != num_bytes:
             self._noise = np.random.default_rng(1).bytes(num_bytes)
         return {"seconds": tcp.send(host, port, congestion, memoryview(self._noise))}
+
+    # --- a bare gRPC stream
+
+    def grpc_listen(self) -> dict[str, Any]:
+        """A port that takes messages and drops them."""
+        self._server, port = bare_grpc.serve(self.host)
+        return {"port": port}
+
+    def grpc_connect(self, host: str, port: int) -> dict[str, Any]:
+        """A channel to that port, connected."""
+        self._bare_channel = open_bulk_channel(f"{host}:{port}")
+        grpc.channel_ready_future(self._bare_channel).result(PATIENCE_S)
+        return {}
+
+    def grpc_send(self, num_bytes: int) -> dict[str, float]:
+        """About that many bytes, in messages as long as frames."""
+        message = bytes(DEFAULT_PIECE_BYTES)
+        seconds = bare_grpc.send(self._bare_channel, message, num_bytes // len(message), PATIENCE_S)
+        return {"seconds": seconds}
 
 
 class ReceivingEnd(End):

@@ -1,0 +1,52 @@
+"""A bare gRPC stream: raw messages through generic handlers, one acknowledgement each, nothing behind either end.
+
+What gRPC for Python takes by itself: no transfer over it can be faster.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent import futures
+
+import grpc
+
+from kvtransfer.transports.grpc_channel import MAX_MESSAGE_BYTES
+
+_METHOD = "/headrace.bench/Take"
+_IN_FLIGHT = 16
+_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+_ACK = b"taken"
+
+
+def serve(host: str) -> tuple[grpc.Server, int]:
+    """A server that takes messages and drops them, and its port."""
+
+    def take(messages: Iterator[bytes], _context: grpc.ServicerContext) -> Iterator[bytes]:
+        for _ in messages:
+            yield _ACK
+
+    service, name = _METHOD.strip("/").split("/")
+    handlers = {name: grpc.stream_stream_rpc_method_handler(take)}
+    server = grpc.server(futures.ThreadPoolExecutor(2), options=_OPTIONS)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    port = server.add_insecure_port(f"{host}:0")
+    server.start()
+    return server, port
+
+
+def send(channel: grpc.Channel, message: bytes, num_messages: int, timeout_s: float) -> float:
+    """Seconds from the first message to the last acknowledgement. Raises grpc.RpcError."""
+    room = threading.Semaphore(_IN_FLIGHT)
+
+    def messages() -> Iterator[bytes]:
+        for _ in range(num_messages):
+            room.acquire()
+            yield message
+
+    began = time.monotonic()
+    call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_METHOD)
+    for _ in call(messages(), timeout=timeout_s):
+        room.release()
+    return time.monotonic() - began
