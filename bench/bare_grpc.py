@@ -8,15 +8,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent import futures
 
 import grpc
 
-from kvtransfer.transports.grpc_channel import MAX_MESSAGE_BYTES
+from kvtransfer.transports.grpc_channel import make_bulk_server
 
 _METHOD = "/headrace.bench/Take"
 _IN_FLIGHT = 16
-_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
 _ACK = b"taken"
 
 
@@ -29,7 +27,7 @@ def serve(host: str) -> tuple[grpc.Server, int]:
 
     service, name = _METHOD.strip("/").split("/")
     handlers = {name: grpc.stream_stream_rpc_method_handler(take)}
-    server = grpc.server(futures.ThreadPoolExecutor(2), options=_OPTIONS)
+    server = make_bulk_server(max_calls=2)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     port = server.add_insecure_port(f"{host}:0")
     server.start()
