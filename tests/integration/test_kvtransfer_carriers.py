@@ -120,7 +120,7 @@ def test_a_push_travels_in_shared_memory(directory: Path, layout: CacheLayout) -
     assert stats.carriers["shm"] >= stats.kv_bytes - 2 * FRAME_BYTES
     sender.close()
     worker.close()
-    assert list(directory.iterdir()) == []
+    await_that(lambda: list(directory.iterdir()) == [])  # the stream's thread may end a moment later
 
 
 def test_without_carriers_all_of_it_is_inline(worker: ReceivingWorker, sender: Sender) -> None:
