@@ -38,7 +38,7 @@ up: model  ## start the laptop profile and leave it running
 down: $(STAMP)  ## stop what `make up` started
 	@$(BIN)/headrace down
 
-test: model  ## lint and every test that fits in ten minutes on two quiet cores
+test: model  ## lint and the tests that fit in about ten minutes on two cores
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest -n 2 -m '(unit or integration) and not slow'
 	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow'
@@ -49,7 +49,7 @@ test-all: model  ## also the long ones
 chaos: model  ## cancellations, deadlines and killed workers, the long version
 	@$(BIN)/python -m pytest tests/chaos
 
-equality: model  ## disaggregated = colocated on all 32 real prompts, the two longest of them too
+equality: model  ## disaggregated = colocated on all 32 real prompts, the longest of them too
 	@$(BIN)/python -m pytest tests/e2e/test_equality.py -k 4000
 
 fuzz: $(STAMP)  ## a million spoiled frames against the receiver (10 to 25 minutes)

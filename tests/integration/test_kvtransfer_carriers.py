@@ -15,7 +15,7 @@ from kvtransfer.codecs import CODECS, Fidelity, newest_codec
 from kvtransfer.transports.carriers import CarrierFailed
 from kvtransfer.transports.choose_carrier import CarrierHost, CarrierOptions, SenderCarriers
 from kvtransfer.transports.grpc_push import PushOptions, PushSession
-from tests.integration.kvtransfer_harness import GQA, MIXED, Peer, Receiver, Sender
+from tests.integration.kvtransfer_harness import GQA, MIXED, Peer, Receiver, Sender, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,7 +120,7 @@ def test_a_push_travels_in_shared_memory(directory: Path, layout: CacheLayout) -
     assert stats.carriers["shm"] >= stats.kv_bytes - 2 * FRAME_BYTES
     sender.close()
     worker.close()
-    await_that(lambda: list(directory.iterdir()) == [])  # the stream's thread may end a moment later
+    wait_until(lambda: list(directory.iterdir()) == [])  # the stream's thread may end a moment later
 
 
 def test_without_carriers_all_of_it_is_inline(worker: ReceivingWorker, sender: Sender) -> None:
@@ -188,7 +188,7 @@ def test_a_carrier_that_fails_midway_leaves_the_rest_to_grpc_within_the_same_lea
     assert stats.num_resent == 0
     assert [writer.num_closes > 0 for writer in writers] == [True]
     # What may still be written to is not used again.
-    await_that(lambda: list(directory.iterdir()) == [])
+    wait_until(lambda: list(directory.iterdir()) == [])
 
 
 def test_a_carrier_that_cannot_be_opened_costs_nothing(worker: ReceivingWorker, sender: Sender) -> None:
@@ -261,17 +261,10 @@ def test_clean_pushes_share_segments_and_an_aborted_one_gives_its_own_up(
     assert len(names) < num_pushes
     session = open_session(sender, worker.receiver.grant(TOKENS, request="aborted"), SenderCarriers())
     session.advance(TOKENS // 4)
-    await_that(lambda: session.stats().carriers.get("shm", 0) > 0)
-    (in_use,) = directory.iterdir()
+    wait_until(lambda: session.stats().carriers.get("shm", 0) > 0)
+    before = set(directory.iterdir())
     session.abort("the client left")
-    await_that(lambda: not in_use.exists())
-
-
-def await_that(holds: Callable[[], bool], within_s: float = 10.0) -> None:
-    end = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < end, "it did not come about in time"
-        time.sleep(0.01)
+    wait_until(lambda: len(before - set(directory.iterdir())) == 1)
 
 
 # ---- between two processes
