@@ -52,7 +52,7 @@ chaos: model  ## cancellations, deadlines and killed workers, the long version
 equality: model  ## disaggregated = colocated on all 32 real prompts, the longest of them too
 	@$(BIN)/python -m pytest tests/e2e/test_equality.py -k 4000
 
-fuzz: $(STAMP)  ## a million spoiled frames against the receiver (10 to 25 minutes)
+fuzz: $(STAMP)  ## a million spoiled frames against the receiver (3 to 25 minutes)
 	@$(BIN)/python -m tests.fuzz.frames_fuzzer --frames 1000000
 
 leases-long: $(STAMP)  ## 30,000 stories of leases under fire (about an hour)
