@@ -50,7 +50,7 @@ chaos: model  ## cancellations, deadlines and killed workers, the long version
 	@$(BIN)/python -m pytest tests/chaos
 
 equality: model  ## disaggregated = colocated on all 32 real prompts, the longest of them too
-	@$(BIN)/python -m pytest tests/e2e/test_equality.py -k 4000
+	@$(BIN)/python -m pytest tests/e2e/test_equality.py -m slow
 
 fuzz: $(STAMP)  ## a million spoiled frames against the receiver (3 to 25 minutes)
 	@$(BIN)/python -m tests.fuzz.frames_fuzzer --frames 1000000

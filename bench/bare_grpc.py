@@ -11,27 +11,20 @@ from collections.abc import Iterator
 
 import grpc
 
-from kvtransfer.transports.grpc_channel import make_bulk_server
-
-_METHOD = "/headrace.bench/Take"
+_SERVICE, _METHOD = "headrace.bench", "Take"
 _IN_FLIGHT = 16
 _ACK = b"taken"
 
 
-def serve(host: str) -> tuple[grpc.Server, int]:
-    """A server that takes messages and drops them, and its port."""
+def handler() -> grpc.GenericRpcHandler:
+    """Takes messages and drops them."""
 
     def take(messages: Iterator[bytes], _context: grpc.ServicerContext) -> Iterator[bytes]:
         for _ in messages:
             yield _ACK
 
-    service, name = _METHOD.strip("/").split("/")
-    handlers = {name: grpc.stream_stream_rpc_method_handler(take)}
-    server = make_bulk_server(max_calls=2)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-    port = server.add_insecure_port(f"{host}:0")
-    server.start()
-    return server, port
+    methods = {_METHOD: grpc.stream_stream_rpc_method_handler(take)}
+    return grpc.method_handlers_generic_handler(_SERVICE, methods)
 
 
 def send(channel: grpc.Channel, message: bytes, num_messages: int, timeout_s: float) -> float:
@@ -44,7 +37,7 @@ def send(channel: grpc.Channel, message: bytes, num_messages: int, timeout_s: fl
             yield message
 
     began = time.monotonic()
-    call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_METHOD)
+    call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")
     for _ in call(messages(), timeout=timeout_s):
         room.release()
     return time.monotonic() - began

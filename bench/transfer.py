@@ -116,8 +116,6 @@ class Pair:
         self._expected = loaded["checksums"]
         self._num_moves = 0
         self.sender.ask("connect", address=served["address"])
-        port = self.receiver.ask("grpc_listen")["port"]
-        self.sender.ask("grpc_connect", host=link.receiver_host, port=port)
 
     def move(self, method: Method) -> Move:
         """Once. Raises RuntimeError where an exact codec did not bring the same bytes."""

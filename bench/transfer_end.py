@@ -101,25 +101,6 @@ class End:
             self._noise = np.random.default_rng(1).bytes(num_bytes)
         return {"seconds": tcp.send(host, port, congestion, memoryview(self._noise))}
 
-    # --- a bare gRPC stream
-
-    def grpc_listen(self) -> dict[str, Any]:
-        """A port that takes messages and drops them."""
-        self._server, port = bare_grpc.serve(self.host)
-        return {"port": port}
-
-    def grpc_connect(self, host: str, port: int) -> dict[str, Any]:
-        """A channel to that port, connected."""
-        self._bare_channel = open_bulk_channel(f"{host}:{port}")
-        grpc.channel_ready_future(self._bare_channel).result(PATIENCE_S)
-        return {}
-
-    def grpc_send(self, num_bytes: int) -> dict[str, float]:
-        """About that many bytes, in messages as long as frames."""
-        message = bytes(DEFAULT_PIECE_BYTES)
-        seconds = bare_grpc.send(self._bare_channel, message, num_bytes // len(message), PATIENCE_S)
-        return {"seconds": seconds}
-
 
 class ReceivingEnd(End):
     """A decode worker's KV side."""
@@ -139,6 +120,7 @@ class ReceivingEnd(End):
         self.carriers = CarrierHost(CarrierOptions(nixl=find_spec("nixl") is not None))
         self.server = make_bulk_server()
         add_kv_services(self.server, BulkReceiver(lander, credits, self.carriers.open_slots), service)
+        self.server.add_generic_rpc_handlers((bare_grpc.handler(),))
         port = self.server.add_insecure_port(f"{self.host}:0")
         self.server.start()
         return {**facts, "address": f"{self.host}:{port}"}
@@ -189,6 +171,11 @@ class SendingEnd(End):
         self._channel = open_bulk_channel(address)
         grpc.channel_ready_future(self._channel).result(PATIENCE_S)
         return {}
+
+    def grpc_send(self, num_bytes: int) -> dict[str, float]:
+        """About that many bytes with nothing behind them, in messages as long as frames."""
+        message = bytes(DEFAULT_PIECE_BYTES)
+        return {"seconds": bare_grpc.send(self._channel, message, num_bytes // len(message), PATIENCE_S)}
 
     def push(self, lease: str, codec: str, carrier: str) -> dict[str, Any]:
         """Everything is ready at once: seconds until the commit is acknowledged. `carrier`: shm, nixl or none."""

@@ -13,12 +13,14 @@ and lets other threads run meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
 from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, convertible
+
+_T = TypeVar("_T", np.ndarray, torch.Tensor)
 
 Run = tuple[slice, slice]
 """Some of a piece's entries, counted from its first, and the consecutive slots that they lie in."""
@@ -160,8 +162,7 @@ class PagedCache:
 
     def _box(self, piece: Piece) -> np.ndarray:
         """The plane's rows [layers, heads, slots], all slots."""
-        layers, heads = piece.layers, piece.heads
-        return self._rows[piece.plane][layers.start : layers.stop, heads.start : heads.stop]
+        return _part_of(self._rows[piece.plane], piece)
 
     def _canonical(self, piece: Piece, raw: torch.Tensor) -> np.ndarray:
         """A piece's bytes as rows [layers, entries, heads]."""
@@ -176,7 +177,7 @@ class PagedCache:
 
 def gather_box(stored: torch.Tensor, piece: Piece, runs: Sequence[Run], dtype: torch.dtype) -> torch.Tensor:
     """A piece's canonical bytes in `dtype` out of a plane [layers, heads, slots, width], on the plane's device."""
-    rows = _rows_of(stored, piece).index_select(2, _slots(runs, stored.device))
+    rows = _part_of(stored, piece).index_select(2, _slots(runs, stored.device))
     return rows.transpose(1, 2).to(dtype).contiguous().view(torch.uint8).reshape(-1)
 
 
@@ -184,17 +185,17 @@ def scatter_box(stored: torch.Tensor, piece: Piece, runs: Sequence[Run], numbers
     """The opposite: `numbers` are the piece's, flat in canonical order, on the plane's device."""
     shape = (len(piece.layers), len(piece.entries), len(piece.heads), stored.shape[-1])
     rows = numbers.to(stored.dtype).view(shape).transpose(1, 2)
-    _rows_of(stored, piece).index_copy_(2, _slots(runs, stored.device), rows)
+    _part_of(stored, piece).index_copy_(2, _slots(runs, stored.device), rows)
 
 
-def _rows_of(stored: torch.Tensor, piece: Piece) -> torch.Tensor:
+def _part_of(stored: _T, piece: Piece) -> _T:
+    """A plane's layers and heads that a piece has, whole."""
     return stored[piece.layers.start : piece.layers.stop, piece.heads.start : piece.heads.stop]
 
 
 def _slots(runs: Sequence[Run], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.arange(slots.start, slots.stop) for _, slots in runs])).to(
-        device
-    )
+    numbers = np.concatenate([np.arange(slots.start, slots.stop) for _, slots in runs])
+    return torch.from_numpy(numbers).to(device)
 
 
 def _by_row(tensor: torch.Tensor) -> np.ndarray:

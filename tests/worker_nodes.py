@@ -14,6 +14,7 @@ from cluster.services import services_of
 from engine.engine import Engine
 from engine.events import StepResult
 from kvtransfer.load_speeds import LoadSpeeds
+from tests import waiting
 from tests.scripted_router import SessionClient
 from worker.config import WorkerConfig, WorkerRole
 from worker.node import WorkerNode
@@ -62,10 +63,7 @@ def session(node: WorkerNode, router_id: str = "router", epoch: int = 1) -> Iter
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Until `condition` holds; fails when it never does."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.01)
+    waiting.wait_until(condition, what, patience_s=PATIENCE_S)
 
 
 def assert_nothing_held(*nodes: WorkerNode) -> None:

@@ -84,18 +84,16 @@ class Grouping:
     def cut(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Numbers [layers, entries, heads, width] of a part → [outer, groups, size, inner] of `dtype`, in memory of
         their own; the last number fills up the last group."""
-        per_channel = self.box.per_channel
-        outer, inner = (part.shape[0], self.box.columns) if per_channel else (-1, 1)
-        flat = part.reshape(outer, part.shape[1] if per_channel else self.box.width, inner)
-        length, groups = flat.shape[1], -(-flat.shape[1] // self.size)
-        padded = groups * self.size
+        outer, groups, inner = self.shape_of(part)
+        flat = part.reshape(outer, -1, inner)
+        length, padded = flat.shape[1], groups * self.size
         if padded == length:
             whole = flat.to(dtype, copy=True)
         else:
-            whole = flat.new_empty((flat.shape[0], padded, inner), dtype=dtype)
+            whole = flat.new_empty((outer, padded, inner), dtype=dtype)
             whole[:, :length] = flat
             whole[:, length:] = flat[:, -1:]
-        return whole.view(-1, groups, self.size, inner)
+        return whole.view(outer, groups, self.size, inner)
 
     def shape_of(self, part: torch.Tensor) -> tuple[int, int, int]:
         """(outer, groups, inner) of what `cut` makes of a part."""
@@ -103,13 +101,6 @@ class Grouping:
         if self.box.per_channel:
             return num_layers, -(-num_entries // self.size), num_heads * width
         return num_layers * num_entries * num_heads, -(-width // self.size), 1
-
-    def by_entry(self, grouped: torch.Tensor, part: Part) -> torch.Tensor:
-        """A view of numbers as `cut` gives them: [layers, entries, …], for "channel" with the padding's entries."""
-        num_layers = part.layers.stop - part.layers.start
-        if self.box.per_channel:
-            return grouped.view(num_layers, -1, grouped.shape[-1])
-        return grouped.view(num_layers, part.entries.stop - part.entries.start, -1)
 
     def trim(self, grouped: torch.Tensor, part: Part) -> torch.Tensor:
         """[outer, groups, size, inner] of a part → [layers, entries, heads, width]."""

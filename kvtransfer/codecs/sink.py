@@ -16,30 +16,20 @@ if TYPE_CHECKING:
     from kvtransfer.codecs.streams import StreamReader, StreamWriter
 
 
-def has_own_sink(box: FieldBox) -> bool:
-    """Whether the field's first entry is the sequence's, and not all there is."""
-    return box.has_sink and box.entries > 1
-
-
-def write_sink(values: torch.Tensor, out: StreamWriter) -> None:
-    """Writes the first entry as a stream of its own."""
-    out.put([values[:, 0]], [False])
-
-
 def put_sink(values: torch.Tensor, box: FieldBox, out: StreamWriter) -> torch.Tensor:
     """Writes the first entry, if it is the sequence's, as a stream of its own; gives `values` with the second
     entry in its place, so that it enters into no scale."""
-    if not has_own_sink(box):
+    if not box.has_sink or box.entries == 1:
         return values
-    write_sink(values, out)
+    out.put([values[:, 0]], [False])
     values = values.clone()
     values[:, 0] = values[:, 1]
     return values
 
 
 def read_sink(streams: StreamReader, box: FieldBox) -> torch.Tensor | None:
-    """What `write_sink` wrote: [layers, heads, width], or None where this piece has none."""
-    if not has_own_sink(box):
+    """What `put_sink` wrote: [layers, heads, width], or None where this piece has none."""
+    if not box.has_sink or box.entries == 1:
         return None
     num_numbers = box.layers * box.columns
     data = streams.stream(num_numbers * box.dtype.itemsize)

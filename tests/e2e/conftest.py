@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.state import ClusterState, read_state, run_directory
+from tests import waiting
 from tests.tiny_model import make_tiny_model
 
 COMMAND_TIMEOUT_S = 180.0
@@ -92,8 +92,4 @@ def _home(path: Path) -> Iterator[Home]:
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
     """Poll until `condition` holds; fails the test where it does not in time."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"in vain: {what}")
-        time.sleep(0.2)
+    waiting.wait_until(condition, what, patience_s=PATIENCE_S, poll_s=0.2)

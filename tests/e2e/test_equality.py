@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,17 +18,36 @@ from tests.real_prompts import real_prompts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-ANSWER_TOKENS = 20
+ANSWER_TOKENS = 24
 CONCURRENCY = 8
 TOLERANCE = 1e-3  # of a logit: below it the reference's own summation order decides
 
 
-@pytest.fixture(scope="module", params=[1000, pytest.param(4000, marks=pytest.mark.slow)])
-def prompts(request: pytest.FixtureRequest, laptop_address: str) -> list[list[int]]:
-    """Those of at most so many tokens: the three longest take longer than the other 29."""
+class Extent(NamedTuple):
+    """How much of the prompts: those of at most so many tokens, and seeded every so manieth of them."""
+
+    max_tokens: int
+    every_seeded: int
+
+
+SHORT = Extent(1000, 2)  # the three longest prompts take longer than the other 29
+WHOLE = Extent(4000, 1)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(SHORT, id="short"), pytest.param(WHOLE, id="whole", marks=pytest.mark.slow)],
+)
+def extent(request: pytest.FixtureRequest) -> Extent:
+    found: Extent = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts(extent: Extent, laptop_address: str) -> list[list[int]]:
     with Client(laptop_address) as client:
         tokens = [client.tokenize(text) for text in real_prompts()]
-    return [prompt for prompt in tokens if len(prompt) <= request.param]
+    return [prompt for prompt in tokens if len(prompt) <= extent.max_tokens]
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +110,10 @@ def test_greedy_answers_equal_the_colocated_engines(
 
 
 def test_seeded_answers_equal_the_colocated_engines(
-    laptop_client: Client, colocated: Engine, prompts: list[list[int]]
+    laptop_client: Client, colocated: Engine, prompts: list[list[int]], extent: Extent
 ) -> None:
-    """After the greedy ones, so that their prompts hit the caches; every second prompt."""
-    some = prompts[::2]
+    """After the greedy ones, so that their prompts hit the caches."""
+    some = prompts[:: extent.every_seeded]
     found = cluster_answers(laptop_client, some, seeded=True)
     assert found == colocated_answers(colocated, some, seeded=True)
 

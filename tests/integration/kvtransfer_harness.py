@@ -293,14 +293,6 @@ def raw_push(channel: grpc.Channel, messages: list[bytes]) -> list[bytes]:
     return acks
 
 
-def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Polls a condition that another thread brings about."""
-    give_up_at = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < give_up_at, "the condition did not come true"
-        time.sleep(0.005)
-
-
 def holding(gate: threading.Event) -> Callable[[int], None]:
     """A pace that lets nothing land before the gate opens."""
 

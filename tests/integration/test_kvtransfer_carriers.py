@@ -15,7 +15,14 @@ from kvtransfer.codecs import CODECS, Fidelity, newest_codec
 from kvtransfer.transports.carriers import CarrierFailed
 from kvtransfer.transports.choose_carrier import CarrierHost, CarrierOptions, SenderCarriers
 from kvtransfer.transports.grpc_push import PushOptions, PushSession
-from tests.integration.kvtransfer_harness import GQA, MIXED, Peer, Receiver, Sender, wait_until
+from tests.integration.kvtransfer_harness import (
+    GQA,
+    MIXED,
+    Peer,
+    Receiver,
+    Sender,
+)
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -259,12 +266,20 @@ def test_clean_pushes_share_segments_and_an_aborted_one_gives_its_own_up(
             table.release(grant.lease_id)
     # Not one: a commit may be answered, and the stream cancelled, before the receiver has read its end.
     assert len(names) < num_pushes
-    session = open_session(sender, worker.receiver.grant(TOKENS, request="aborted"), SenderCarriers())
+    carriers, opened = SenderCarriers(), []
+
+    def open_writer(offer: dict[str, Any]) -> SlotWriter:
+        opened.append(directory / offer["name"])
+        return carriers.open_writer(offer)
+
+    grant = worker.receiver.grant(TOKENS, request="aborted")
+    session = open_session(sender, grant, carriers, open_writer)
     session.advance(TOKENS // 4)
     wait_until(lambda: session.stats().carriers.get("shm", 0) > 0)
-    before = set(directory.iterdir())
+    (in_use,) = opened
+    assert in_use.exists()
     session.abort("the client left")
-    wait_until(lambda: len(before - set(directory.iterdir())) == 1)
+    wait_until(lambda: not in_use.exists())
 
 
 # ---- between two processes

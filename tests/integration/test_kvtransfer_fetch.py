@@ -41,7 +41,11 @@ from tests.integration.kvtransfer_fetch_harness import (
     cached_bytes,
     convert,
 )
-from tests.integration.kvtransfer_harness import GQA, MIXED, wait_until
+from tests.integration.kvtransfer_harness import (
+    GQA,
+    MIXED,
+)
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 

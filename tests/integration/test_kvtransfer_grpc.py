@@ -41,8 +41,8 @@ from tests.integration.kvtransfer_harness import (
     flip_messages,
     holding,
     raw_push,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 

@@ -21,7 +21,14 @@ from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, pieces_f
 from kvtransfer.lease_types import LeaseState
 from kvtransfer.transports.grpc_push import PushOptions
 from kvtransfer.transports.seam import TransferError
-from tests.integration.kvtransfer_harness import GQA, Receiver, Sender, flip_messages, holding, wait_until
+from tests.integration.kvtransfer_harness import (
+    GQA,
+    Receiver,
+    Sender,
+    flip_messages,
+    holding,
+)
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache import DTYPES, PagedCache, gather_box, gqa_layout, scatter_box
-from kvtransfer.layouts import Piece
+from kvtransfer.layouts import Piece, Plane
 
 pytestmark = pytest.mark.integration
 
@@ -28,52 +29,59 @@ def cache_of(blocks: list[int], seed: int) -> PagedCache:
     return cache
 
 
+class Case(NamedTuple):
+    """A piece, where its blocks lie, and what it travels as."""
+
+    blocks: list[int]
+    piece: Piece
+    wire: Plane
+    dtype: torch.dtype
+    seed: int
+
+
 @st.composite
-def pieces(draw: st.DrawFn, num_tokens: int) -> Piece:
+def cases(draw: st.DrawFn) -> Case:
     def box(limit: int) -> range:
         start = draw(st.integers(0, limit - 1))
         return range(start, draw(st.integers(start + 1, limit)))
 
-    return Piece(draw(st.sampled_from(["k", "v"])), box(LAYERS), box(HEADS), box(num_tokens))
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data(), seed=st.integers(0, 99), wire_dtype=st.sampled_from(["float32", "bfloat16"]))
-def test_a_piece_is_the_numbers_at_its_entries_wherever_their_blocks_lie(
-    data: st.DataObject, seed: int, wire_dtype: str
-) -> None:
+    seed = draw(st.integers(0, 99))
     blocks = random.Random(seed).sample(range(NUM_BLOCKS), 7)
     if seed % 2:
         blocks.sort()  # more of them lie side by side
-    piece = data.draw(pieces(len(blocks) * BLOCK_TOKENS))
-    wire = LAYOUT.plane(piece.plane).with_dtypes((wire_dtype,))
+    tokens = box(len(blocks) * BLOCK_TOKENS)
+    piece = Piece(draw(st.sampled_from(["k", "v"])), box(LAYERS), box(HEADS), tokens)
+    dtype = draw(st.sampled_from(["float32", "bfloat16"]))
+    return Case(blocks, piece, LAYOUT.plane(piece.plane).with_dtypes((dtype,)), DTYPES[dtype], seed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_a_piece_is_the_numbers_at_its_entries_wherever_their_blocks_lie(case: Case) -> None:
+    blocks, piece, wire, dtype, seed = case
     cache, other = cache_of(blocks, seed), cache_of(blocks, seed + 1)
     untouched = other.planes[piece.plane].clone()
     raw = cache.gather(OWNER, piece, wire)
     other.scatter(OWNER, piece, wire, raw)
-    numbers = raw.view(DTYPES[wire_dtype]).float().tolist()
+    numbers = raw.view(dtype).float().tolist()
     places = itertools.product(piece.layers, piece.entries, piece.heads)
     for index, (layer, entry, head) in enumerate(places):
         slot = blocks[entry // BLOCK_TOKENS] * BLOCK_TOKENS + entry % BLOCK_TOKENS
-        stored = cache.planes[piece.plane][layer, head, slot].to(DTYPES[wire_dtype]).float()
+        stored = cache.planes[piece.plane][layer, head, slot].to(dtype).float()
         assert numbers[index * WIDTH : (index + 1) * WIDTH] == stored.tolist()
         untouched[layer, head, slot] = stored
     assert torch.equal(other.planes[piece.plane], untouched)
 
 
 @settings(max_examples=50, deadline=None)
-@given(data=st.data(), seed=st.integers(0, 99), wire_dtype=st.sampled_from(["float32", "bfloat16"]))
-def test_an_accelerators_way_gives_and_takes_the_same_bytes(
-    data: st.DataObject, seed: int, wire_dtype: str
-) -> None:
-    blocks = random.Random(seed).sample(range(NUM_BLOCKS), 7)
-    piece = data.draw(pieces(len(blocks) * BLOCK_TOKENS))
-    wire = LAYOUT.plane(piece.plane).with_dtypes((wire_dtype,))
+@given(case=cases())
+def test_an_accelerators_way_gives_and_takes_the_same_bytes(case: Case) -> None:
+    blocks, piece, wire, dtype, seed = case
     cache, here, there = cache_of(blocks, seed), cache_of(blocks, seed + 1), cache_of(blocks, seed + 1)
     slots = [blocks[entry // BLOCK_TOKENS] * BLOCK_TOKENS + entry % BLOCK_TOKENS for entry in piece.entries]
     runs = [(slice(index, index + 1), slice(slot, slot + 1)) for index, slot in enumerate(slots)]
-    raw = gather_box(cache.planes[piece.plane], piece, runs, DTYPES[wire_dtype])
+    raw = gather_box(cache.planes[piece.plane], piece, runs, dtype)
     assert torch.equal(raw, cache.gather(OWNER, piece, wire))
-    scatter_box(here.planes[piece.plane], piece, runs, raw.view(DTYPES[wire_dtype]))
+    scatter_box(here.planes[piece.plane], piece, runs, raw.view(dtype))
     there.scatter(OWNER, piece, wire, raw)
     assert torch.equal(here.planes[piece.plane], there.planes[piece.plane])

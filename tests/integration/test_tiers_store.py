@@ -31,8 +31,14 @@ from kvtransfer.tiers.wire import offer_to_wire
 from kvtransfer.transports.grpc_fetch import FetchSession, FetchTarget
 from kvtransfer.transports.grpc_push import PushOptions, PushSession
 from kvtransfer.transports.seam import TransferError
-from tests.integration.kvtransfer_harness import GQA, MIXED, PagedStore, Receiver, wait_until
+from tests.integration.kvtransfer_harness import (
+    GQA,
+    MIXED,
+    PagedStore,
+    Receiver,
+)
 from tests.tier_blocks import SECRET, key
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
