@@ -29,14 +29,14 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import NamedTuple
 
 import torch
 
 from kvtransfer.codecs.base import Fidelity
 from kvtransfer.codecs.fieldwise import FieldBox, FieldwiseCodec
-from kvtransfer.codecs.nibbles import ESCAPE, Escaped, escape_positions, pack_pairs, read_pairs
-from kvtransfer.codecs.parts import Part, parts
-from kvtransfer.codecs.sink import put_sink, read_sink, restore_sink
+from kvtransfer.codecs.grid import Grid, Sharing, norms
+from kvtransfer.codecs.sink import has_sink, put_sink, read_sink, restore_sink
 from kvtransfer.codecs.split import SplitCoder
 from kvtransfer.codecs.streams import StreamReader, StreamWriter
 
@@ -47,116 +47,63 @@ _SAMPLED_ENTRIES = 64
 _ZERO = 7
 _MOST_STEPS = 30_000  # q and offset travel as int16
 _K_ZERO, _K_PER_OCTAVE, _K_MAX = 128, 4, 255
-_MAX_ESCAPES = 1 / 16  # of all numbers; beyond, the numbers are not what this codec is for
+_ESCAPES_PER_NUMBER = 1 / 16  # beyond, the numbers are not what this codec is for
 _LEAST_NORM = 2.0**-60
-_FLOAT16_RANGE = (torch.finfo(torch.float16).min, torch.finfo(torch.float16).max)
 _U32 = struct.Struct("<I")
+
+
+class _Steps(NamedTuple):
+    """What is sent of a grid. k: uint8 [lines, spans]; offset: int16 like it, or None."""
+
+    sharing: Sharing
+    k: torch.Tensor
+    offset: torch.Tensor | None
+
+    def grid(self) -> Grid:
+        step = _step(self.k)
+        offset = -_ZERO if self.offset is None else self.offset.float() - _ZERO
+        return Grid(self.sharing, offset * step, step)
 
 
 class EcsqCoder:
     """NumberCoder of what is above."""
 
     def encode(self, values: torch.Tensor, box: FieldBox, out: StreamWriter) -> bool:
-        values = put_sink(values, box, out)
-        grid = _channel_grid(values, box) if box.per_channel else _TokenGrid(values, box)
-        if grid is None:
+        put_sink(values, box, out)
+        steps = _channel_steps(values, box) if box.per_channel else _token_steps(values, box)
+        placed = steps and steps.grid().or_escapes(values, most=int(box.numel * _ESCAPES_PER_NUMBER))
+        if not steps or not placed:
             return False
-        codes = torch.empty((box.rows, box.columns), dtype=torch.uint8, device=values.device)
-        escaped = []
-        for part in parts(box, values.device):
-            places = grid.place(values[part.layers, part.entries].to(torch.float32, copy=True), part)
-            # Not a number becomes 0 or -128 as an integer; 0, 16 and -128 all become ESCAPE.
-            small = places.clamp(0, ESCAPE + 1).to(torch.int8).view(torch.uint8).view(-1, box.columns)
-            torch.bitwise_and(small.sub_(1), ESCAPE, out=codes[part.rows])
-            escaped.append(places.view(-1)[escape_positions(codes[part.rows])])
-        counts = torch.cat(escaped).floor_().sub_(_ZERO + 1)
-        few = len(counts) <= box.numel * _MAX_ESCAPES
-        if not few or not grid.in_range() or not bool((counts.abs() <= _MOST_STEPS).all()):
-            return False  # the last is false for NaN, too
-        side = grid.streams()
+        pairs, escaped = placed
+        escaped = escaped - _ZERO
+        if not bool((escaped.abs() <= _MOST_STEPS).all()):
+            return False
+        side = [steps.k] if steps.offset is None else [steps.k, steps.offset]
         out.put(side, [True] * len(side))
-        out.value(_U32, len(counts))
-        out.put([pack_pairs(codes), counts.to(torch.int16)], [True, True])
+        out.value(_U32, len(escaped))
+        out.put([pairs, escaped.to(torch.int16)], [True, True])
         return True
 
     def decode(self, streams: StreamReader, box: FieldBox) -> torch.Tensor:
         sink = read_sink(streams, box)
-        step, offset = _read_grid(streams, box)
+        sharing = _sharing(box)
+        k = streams.stream(sharing.lines * sharing.spans).view(sharing.lines, sharing.spans)
+        offset = streams.stream(2 * k.numel()).view(torch.int16).view(k.shape) if box.per_channel else None
         num_escapes = streams.value(_U32)
         if num_escapes > box.numel:
             raise ValueError(f"{num_escapes} escapes among {box.numel} numbers")
-        codes = read_pairs(streams, box.rows, box.columns)
-        escaped = Escaped(streams.stream(2 * num_escapes).view(torch.int16).float().add_(_ZERO))
-        values = torch.empty(box.shape, dtype=box.dtype)
-        for part in parts(box, codes.device):
-            counts = codes[part.rows].to(torch.float32)
-            escaped.fill(counts, codes[part.rows])
-            target = values[part.layers, part.entries]
-            numbers = counts.view(target.shape)
-            if offset is None:
-                numbers = numbers.sub_(_ZERO).mul_(step[part.layers, part.entries])
-            else:
-                steps = step[part.layers]
-                numbers = torch.addcmul((offset[part.layers] - _ZERO) * steps, numbers, steps)
-            target.copy_(_within(numbers, box.dtype))
-        escaped.end()
-        return restore_sink(values, sink)
+        pairs = streams.stream(-(-box.rows // 2) * box.columns).view(-1, box.columns)
+        escaped = streams.stream(2 * num_escapes).view(torch.int16).to(torch.int32) + _ZERO
+        return restore_sink(_Steps(sharing, k, offset).grid().restore(pairs, escaped), sink)
 
 
-class _ChannelGrid:
-    """Steps and offsets of every layer and channel."""
-
-    def __init__(self, k: torch.Tensor, offset: torch.Tensor) -> None:
-        """Both [layers, 1, heads, width]: uint8, and whole numbers in float32."""
-        self._k = k
-        self._offset = offset
-        self._per_step = _step(k).reciprocal_()
-        self._shift = _ZERO + 1.5 - offset
-
-    def place(self, numbers: torch.Tensor, part: Part) -> torch.Tensor:
-        """Steps beyond the offset, plus 8.5: floored they are codes plus 1. `numbers` [layers, entries, heads,
-        width] of a part, float32, may be overwritten."""
-        return torch.addcmul(self._shift[part.layers], numbers, self._per_step[part.layers])
-
-    def in_range(self) -> bool:
-        """Whether steps and offsets can be written down."""
-        return bool((self._offset.abs() <= _MOST_STEPS).all())
-
-    def streams(self) -> list[torch.Tensor]:
-        """What is sent of it."""
-        return [self._k, self._offset.to(torch.int16)]
+def _sharing(box: FieldBox) -> Sharing:
+    return Sharing(box, box.entries, 1) if box.per_channel else Sharing(box, 1, box.width)
 
 
-class _TokenGrid:
-    """Steps of every entry and head, found as its part is placed."""
-
-    def __init__(self, values: torch.Tensor, box: FieldBox) -> None:
-        # k = 128 + 4 · log2(0.5 · rms^1.25 · m^-0.25), as a factor of log2 of the norm and a summand.
-        norm: torch.Tensor = torch.linalg.vector_norm(_sample(values, box), dim=-1, keepdim=True)
-        typical = norm.clamp_(min=_LEAST_NORM).log2_().mean(1, keepdim=True)
-        constant = math.log2(_TOKEN_STEP) - math.log2(box.width) / 2
-        self._summand = typical.mul_(1 - _TOKEN_POWER).add_(constant).mul_(_K_PER_OCTAVE).add_(_K_ZERO)
-        self._k = torch.empty((*box.shape[:3], 1), dtype=torch.float32, device=values.device)
-
-    def place(self, numbers: torch.Tensor, part: Part) -> torch.Tensor:
-        """As _ChannelGrid does, without an offset."""
-        norm: torch.Tensor = torch.linalg.vector_norm(numbers, dim=-1, keepdim=True)
-        k = norm.log2_().mul_(_TOKEN_POWER * _K_PER_OCTAVE).add_(self._summand[part.layers])
-        self._k[part.layers, part.entries] = k.round_().clamp_(min=0)
-        return numbers.mul_(_step(self._k[part.layers, part.entries]).reciprocal_()).add_(_ZERO + 1.5)
-
-    def in_range(self) -> bool:
-        """Whether the steps can be written down; false for NaN, too."""
-        return bool(self._k.amax() <= _K_MAX)
-
-    def streams(self) -> list[torch.Tensor]:
-        """What is sent of it."""
-        return [self._k.to(torch.uint8)]
-
-
-def _channel_grid(values: torch.Tensor, box: FieldBox) -> _ChannelGrid | None:
+def _channel_steps(values: torch.Tensor, box: FieldBox) -> _Steps | None:
     """None where numbers are not finite or too large; other entries than the sample show in their codes."""
-    sample = _sample(values, box)
+    sample = _sampled(values, box).to(torch.float32, copy=True)
     mean = sample.mean(1, keepdim=True)
     deviation = sample.sub_(mean).square_().mean(1, keepdim=True).sqrt_()
     # Never so small that the offset overflows, or that a channel which hardly moves takes all the bits.
@@ -166,25 +113,29 @@ def _channel_grid(values: torch.Tensor, box: FieldBox) -> _ChannelGrid | None:
     k = step.log2_().mul_(_K_PER_OCTAVE).round_().add_(_K_ZERO).clamp_(min=0)
     if not bool(k.amax() <= _K_MAX):  # false for NaN, too
         return None
-    return _ChannelGrid(k.to(torch.uint8), (mean / _step(k)).round_())
+    offset = (mean / _step(k)).round_()
+    if not bool((offset.abs() <= _MOST_STEPS).all()):
+        return None
+    shape = (box.layers, box.columns)
+    return _Steps(_sharing(box), k.to(torch.uint8).view(shape), offset.to(torch.int16).view(shape))
 
 
-def _read_grid(streams: StreamReader, box: FieldBox) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Steps and offsets, float32, in shapes that broadcast to the field's."""
-    if not box.per_channel:
-        return _step(streams.stream(box.rows * box.heads).view(*box.shape[:3], 1)), None
-    shape = (box.layers, 1, box.heads, box.width)
-    step = _step(streams.stream(box.layers * box.columns).view(shape))
-    return step, streams.stream(2 * box.layers * box.columns).view(torch.int16).view(shape).float()
+def _token_steps(values: torch.Tensor, box: FieldBox) -> _Steps | None:
+    """As above."""
+    # k = 128 + 4 · log2(0.5 · rms^1.25 · m^-0.25), as a factor of log2 of the norm and a summand.
+    norm = norms(values, box)
+    typical = _sampled(norm, box).clamp(min=_LEAST_NORM).log2_().mean(1, keepdim=True)
+    constant = math.log2(_TOKEN_STEP) - math.log2(box.width) / 2
+    summand = typical.mul_(1 - _TOKEN_POWER).add_(constant).mul_(_K_PER_OCTAVE).add_(_K_ZERO)
+    k = norm.log2_().mul_(_TOKEN_POWER * _K_PER_OCTAVE).add_(summand).round_().clamp_(min=0)
+    if not bool(k.amax() <= _K_MAX):
+        return None
+    return _Steps(_sharing(box), k.to(torch.uint8).view(box.rows, box.heads), None)
 
 
-def _sample(values: torch.Tensor, box: FieldBox) -> torch.Tensor:
-    return values[:, :: max(1, box.entries // _SAMPLED_ENTRIES)].to(torch.float32, copy=True)
-
-
-def _within(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In place. Only float16 ends below what steps can reach."""
-    return numbers.clamp_(*_FLOAT16_RANGE) if dtype == torch.float16 else numbers
+def _sampled(values: torch.Tensor, box: FieldBox) -> torch.Tensor:
+    """[layers, some entries, …] of [layers, entries, …], without a sink."""
+    return values[:, int(has_sink(box)) :: max(1, box.entries // _SAMPLED_ENTRIES)]
 
 
 def _step(k: torch.Tensor) -> torch.Tensor:

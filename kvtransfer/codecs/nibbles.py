@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -45,30 +44,5 @@ def read_pairs(streams: StreamReader, num_rows: int, num_columns: int) -> torch.
 
 
 def escape_positions(numbers: torch.Tensor) -> torch.Tensor:
-    """Where uint8 `numbers`, none above 15, are ESCAPE: int64 [k], ascending positions in the flattened tensor."""
-    flat = numbers.reshape(-1)
-    if flat.device.type != "cpu":
-        return (flat == ESCAPE).nonzero().squeeze(1)
-    # numpy compares and finds bytes several times as fast as torch.
-    return torch.from_numpy(np.flatnonzero(flat.numpy() == ESCAPE))
-
-
-class Escaped:
-    """The received numbers behind the escapes, put to their places part by part."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._rest = numbers
-
-    def fill(self, target: torch.Tensor, codes: torch.Tensor) -> None:
-        """Writes the next ones to where `codes` are ESCAPE; `target` is contiguous, of as many numbers. Raises
-        ValueError where they run out."""
-        positions = escape_positions(codes)
-        if len(positions) > len(self._rest):
-            raise ValueError(f"{len(self._rest)} numbers left for {len(positions)} escapes")
-        target.view(-1)[positions] = self._rest[: len(positions)]
-        self._rest = self._rest[len(positions) :]
-
-    def end(self) -> None:
-        """Raises ValueError where some are left."""
-        if len(self._rest):
-            raise ValueError(f"{len(self._rest)} numbers without an escape")
+    """Where uint8 `numbers` are ESCAPE: int64 [k], ascending positions in the flattened tensor."""
+    return (numbers.reshape(-1) == ESCAPE).nonzero().squeeze(1)

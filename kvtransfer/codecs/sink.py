@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from kvtransfer.codecs.streams import StreamReader, StreamWriter
 
 
-def put_sink(values: torch.Tensor, box: FieldBox, out: StreamWriter) -> torch.Tensor:
-    """Writes the first entry, if it is the sequence's, as a stream of its own; gives `values` with the second
-    entry in its place, so that it enters into no scale."""
-    if not box.has_sink or box.entries == 1:
-        return values
-    out.put([values[:, 0]], [False])
-    values = values.clone()
-    values[:, 0] = values[:, 1]
-    return values
+def has_sink(box: FieldBox) -> bool:
+    """Whether a stream of its own holds the first entry."""
+    return box.has_sink and box.entries > 1
+
+
+def put_sink(values: torch.Tensor, box: FieldBox, out: StreamWriter) -> None:
+    """Writes the first entry, if it is the sequence's, as a stream of its own."""
+    if has_sink(box):
+        out.put([values[:, 0]], [False])
 
 
 def read_sink(streams: StreamReader, box: FieldBox) -> torch.Tensor | None:
     """What `put_sink` wrote: [layers, heads, width], or None where this piece has none."""
-    if not box.has_sink or box.entries == 1:
+    if not has_sink(box):
         return None
     num_numbers = box.layers * box.columns
     data = streams.stream(num_numbers * box.dtype.itemsize)

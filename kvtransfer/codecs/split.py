@@ -22,20 +22,32 @@ A base per channel serves keys, whose channels differ in size (0.16 bits per num
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from kvtransfer.codecs import loops
 from kvtransfer.codecs.base import Fidelity
 from kvtransfer.codecs.fieldwise import FieldBox, FieldwiseCodec
-from kvtransfer.codecs.nibbles import ESCAPE, Escaped, escape_positions, pack_pairs, read_pairs
-from kvtransfer.codecs.parts import parts
+from kvtransfer.codecs.nibbles import ESCAPE, escape_positions, pack_pairs
 from kvtransfer.codecs.streams import StreamReader, StreamWriter
 
 PER_LAYER, PER_CHANNEL, NO_BASE = 0, 1, 2
 
 _MIN_ENTRIES_PER_CHANNEL_BASE = 128  # below, the bases cost more than they save
-_MAX_ESCAPES = 1 / 16  # of all numbers: above, exponents are coded as they are
+_ESCAPES_PER_NUMBER = 1 / 16  # above, exponents are coded as they are
+_Coded = tuple[torch.Tensor, torch.Tensor]
 _U8, _U32 = struct.Struct("<B"), struct.Struct("<I")
+
+
+class Floats(NamedTuple):
+    """Floats taken apart, [layers · entries, columns] each: exponents, uint8; top, uint8: the sign and the highest 7
+    bits of the mantissa; low, uint16: of float32 the other 16, else None."""
+
+    exponents: torch.Tensor
+    top: torch.Tensor
+    low: torch.Tensor | None
 
 
 class SplitCoder:
@@ -46,10 +58,11 @@ class SplitCoder:
             halves = values.view(torch.int16)
             out.put([(halves >> 8).to(torch.uint8), halves.to(torch.uint8)], [True, False])
             return True
-        bits = values.view(torch.int32 if box.dtype == torch.float32 else torch.int16)
-        exponents, stored = _take_apart(bits.view(box.rows, box.columns), box)
-        self._put_exponents(exponents, box, out)
-        out.put(stored, [False] * len(stored))
+        floats = take_apart(values.view(box.rows, box.columns))
+        self._put_exponents(floats.exponents, box, out)
+        out.put([floats.top], [False])
+        if floats.low is not None:
+            out.put([floats.low], [False])
         return True
 
     def decode(self, streams: StreamReader, box: FieldBox) -> torch.Tensor:
@@ -57,88 +70,98 @@ class SplitCoder:
             high, low = (streams.stream(box.numel) for _ in range(2))
             halves = high.to(torch.int16).bitwise_left_shift_(8).bitwise_or_(low)
             return halves.view(torch.float16).view(box.shape)
-        exponents = self._read_exponents(streams, box).view(box.rows, box.columns)
+        exponents = self._read_exponents(streams, box)
         top = streams.stream(box.numel).view(exponents.shape)
-        if box.dtype == torch.bfloat16:
-            return _put_together(exponents, top, box).view(torch.bfloat16).view(box.shape)
-        words = torch.empty((box.numel, 2), dtype=torch.int16)
-        words[:, 0] = streams.stream(2 * box.numel).view(torch.int16)
-        words[:, 1] = _put_together(exponents, top, box).view(-1)
-        return words.view(torch.float32).view(box.shape)
+        low = torch.empty((0, 0), dtype=torch.uint16)
+        if box.dtype == torch.float32:
+            low = streams.stream(2 * box.numel).view(torch.uint16).view(exponents.shape)
+        values = torch.empty(exponents.shape, dtype=box.dtype)
+        loops.put_together(exponents.numpy(), top.numpy(), low.numpy(), loops.float_bits(values))
+        return values.view(box.shape)
 
     def _put_exponents(self, exponents: torch.Tensor, box: FieldBox, out: StreamWriter) -> None:
         """`exponents`: uint8 [rows, columns]."""
         per_channel = box.per_channel and box.entries >= _MIN_ENTRIES_PER_CHANNEL_BASE
-        by_layer = exponents.view(box.layers, box.entries, box.columns)
-        bases = _largest(by_layer)
+        bases = _largest(exponents, box)
         if not per_channel:
-            bases = bases.amax(2, keepdim=True)
-        codes = (bases - by_layer).clamp_(max=ESCAPE).view(box.rows, box.columns)
-        escapes = escape_positions(codes)
-        if len(escapes) > box.numel * _MAX_ESCAPES:
+            bases = bases.amax(1, keepdim=True)
+        coded = code(exponents, bases.expand(-1, box.columns), box)
+        if coded is None:
             out.value(_U8, NO_BASE)
             out.value(_U32, 0)
             out.put([exponents], [True])
             return
         out.value(_U8, PER_CHANNEL if per_channel else PER_LAYER)
-        out.value(_U32, len(escapes))
-        out.put([bases, pack_pairs(codes), exponents.view(-1)[escapes]], [True, True, True])
+        out.value(_U32, len(coded[1]))
+        out.put([bases, *coded], [True, True, True])
 
     def _read_exponents(self, streams: StreamReader, box: FieldBox) -> torch.Tensor:
-        """uint8, box.numel of them."""
+        """uint8 [rows, columns]."""
         base, num_escapes = streams.value(_U8), streams.value(_U32)
         if base == NO_BASE:
-            return streams.stream(box.numel)
+            return streams.stream(box.numel).view(box.rows, box.columns)
         if base not in (PER_LAYER, PER_CHANNEL) or num_escapes > box.numel:
             raise ValueError(f"exponents with base {base} and {num_escapes} escapes are none of split")
         num_columns = box.columns if base == PER_CHANNEL else 1
-        bases = streams.stream(box.layers * num_columns).view(box.layers, 1, num_columns)
-        codes = read_pairs(streams, box.rows, box.columns)
-        exponents = bases - codes.view(box.layers, box.entries, box.columns)
-        escaped = Escaped(streams.stream(num_escapes))
-        escaped.fill(exponents, codes)
-        escaped.end()
+        bases = streams.stream(box.layers * num_columns).view(box.layers, num_columns).expand(-1, box.columns)
+        pairs = streams.stream(-(-box.rows // 2) * box.columns).view(-1, box.columns).numpy()
+        escaped = streams.stream(num_escapes)
+        expected = loops.count_escapes(pairs, box.rows)
+        if num_escapes != expected:
+            raise ValueError(f"{num_escapes} exponents for {expected} escapes")
+        exponents = torch.empty((box.rows, box.columns), dtype=torch.uint8)
+        loops.restore_exponents(
+            pairs, box.entries, bases.contiguous().numpy(), escaped.numpy(), exponents.numpy()
+        )
         return exponents
 
 
-def _largest(exponents: torch.Tensor) -> torch.Tensor:
-    """uint8 [layers, entries, columns] → [layers, 1, columns]."""
-    # torch reduces int16 ten times as fast as uint8, and 32 rows at a time leave little to reduce.
-    num_entries = exponents.shape[1]
-    if num_entries % 32 == 0:
-        halves = exponents.view(exponents.shape[0], 32, num_entries // 32, -1)
-        while halves.shape[1] > 1:
-            half = halves.shape[1] // 2
-            halves = torch.maximum(halves[:, :half], halves[:, half:])
-        exponents = halves.squeeze(1)
-    return exponents.to(torch.int16).amax(1, keepdim=True).to(torch.uint8)
+def take_apart(values: torch.Tensor) -> Floats:
+    """bfloat16 or float32 [rows, columns]."""
+    if values.device.type != "cpu":
+        return take_apart_anywhere(values)
+    wide = values.dtype == torch.float32
+    exponents, top = (torch.empty(values.shape, dtype=torch.uint8) for _ in range(2))
+    low = torch.empty(values.shape if wide else (0, 0), dtype=torch.uint16)
+    loops.take_apart(loops.float_bits(values), exponents.numpy(), top.numpy(), low.numpy())
+    return Floats(exponents, top, low if wide else None)
 
 
-def _take_apart(bits: torch.Tensor, box: FieldBox) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """int16 or int32 [rows, columns] → exponents, uint8, and the planes that are stored."""
-    exponents, top = (torch.empty(bits.shape, dtype=torch.uint8, device=bits.device) for _ in range(2))
-    for part in parts(box, bits.device):
-        halves = bits[part.rows]
-        if halves.dtype == torch.int32:
-            halves = (halves >> 16).to(torch.int16)
-        high = halves >> 7
-        exponents[part.rows] = high
-        top[part.rows] = (halves & 0x7F).bitwise_or_(high.bitwise_right_shift_(1).bitwise_and_(0x80))
-    if bits.dtype == torch.int32:
-        return exponents, [top, bits.to(torch.int16)]
-    return exponents, [top]
+def take_apart_anywhere(values: torch.Tensor) -> Floats:
+    """The same on any device."""
+    wide = values.dtype == torch.float32
+    bits = values.view(torch.int32) if wide else values.view(torch.int16).to(torch.int32) << 16
+    top = (bits >> 16 & 0x7F) | (bits >> 24 & 0x80)
+    low = bits.to(torch.int16).view(torch.uint16) if wide else None
+    return Floats((bits >> 23).to(torch.uint8), top.to(torch.uint8), low)
 
 
-def _put_together(exponents: torch.Tensor, top: torch.Tensor, box: FieldBox) -> torch.Tensor:
-    """The upper 16 bits of every float, int16 [rows, columns]."""
-    halves = torch.empty(exponents.shape, dtype=torch.int16)
-    for part in parts(box, exponents.device):
-        # As a signed byte, sign and mantissa widen to the sign's bit nine times and the mantissa. Where it is set the
-        # exponent must find ones to flip: it is inverted first.
-        signed = top[part.rows].view(torch.int8)
-        exponent = exponents[part.rows].bitwise_xor((signed >> 7).view(torch.uint8))
-        torch.bitwise_xor(exponent.to(torch.int16).bitwise_left_shift_(7), signed, out=halves[part.rows])
-    return halves
+def _largest(exponents: torch.Tensor, box: FieldBox) -> torch.Tensor:
+    """uint8 [rows, columns] → [layers, columns]."""
+    if exponents.device.type != "cpu":
+        return exponents.view(box.layers, box.entries, -1).amax(1)
+    bases = torch.empty((box.layers, box.columns), dtype=torch.uint8)
+    loops.largest_exponents(exponents.numpy(), box.entries, bases.numpy())
+    return bases
+
+
+def code(exponents: torch.Tensor, bases: torch.Tensor, box: FieldBox) -> _Coded | None:
+    """Pairs of codes and the exponents of escapes, uint8; None where those are too many. bases: [layers, columns]."""
+    if exponents.device.type != "cpu":
+        return code_anywhere(exponents, bases, box)
+    pairs = np.empty((-(-box.rows // 2), box.columns), np.uint8)
+    escaped = np.empty(int(box.numel * _ESCAPES_PER_NUMBER), np.uint8)
+    found = loops.code_exponents(exponents.numpy(), box.entries, bases.contiguous().numpy(), pairs, escaped)
+    return None if found < 0 else (torch.from_numpy(pairs), torch.from_numpy(escaped[:found]))
+
+
+def code_anywhere(exponents: torch.Tensor, bases: torch.Tensor, box: FieldBox) -> _Coded | None:
+    """The same on any device."""
+    codes = (bases[:, None] - exponents.view(box.layers, box.entries, -1)).clamp_(max=ESCAPE)
+    escapes = escape_positions(codes)
+    if len(escapes) > int(box.numel * _ESCAPES_PER_NUMBER):
+        return None
+    return pack_pairs(codes.view(box.rows, -1)), exponents.view(-1)[escapes]
 
 
 class SplitCodec(FieldwiseCodec):

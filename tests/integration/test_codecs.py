@@ -13,10 +13,19 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.codecs import CODECS, Fidelity, UnknownCodec, find_codec, newest_codec
-from kvtransfer.codecs.int4 import pack_rows, pack_rows_anywhere, unpack_rows
+from kvtransfer.codecs import CODECS, Fidelity, UnknownCodec, find_codec, loops, newest_codec
+from kvtransfer.codecs.fieldwise import FieldBox
+from kvtransfer.codecs.grid import (
+    Grid,
+    Sharing,
+    extremes,
+    extremes_anywhere,
+    nearest_anywhere,
+    or_escapes_anywhere,
+)
 from kvtransfer.codecs.memory import readable
 from kvtransfer.codecs.nibbles import ESCAPE, escape_positions, pack_pairs, unpack_pairs
+from kvtransfer.codecs.split import code, code_anywhere, take_apart, take_apart_anywhere
 from kvtransfer.layouts import DTYPE_BYTES, Field, Paged, Piece, Plane, Window
 from tests.integration.kvtransfer_harness import MIXED
 
@@ -176,19 +185,6 @@ def test_the_first_entry_of_a_sequence_comes_back_exact_and_spoils_no_other(code
     assert torch.equal(there[:, 0], numbers[:, 0])
     assert error(there[:, 1:], numbers[:, 1:]) < 0.13
     assert error(round_trip(newest_codec(codec), numbers, plane, later)[:, 1:], numbers[:, 1:]) > 0.13
-
-
-def test_rows_of_four_bits_are_packed_alike_on_every_device() -> None:
-    rows = (
-        torch.randn(300, 64, generator=torch.Generator().manual_seed(7)) * torch.logspace(-3, 3, 300)[:, None]
-    )
-    rows[5] = 3.25  # equal numbers
-    fused, plain = unpack_rows(pack_rows(rows)), unpack_rows(pack_rows_anywhere(rows))
-    steps = (rows.amax(1) - rows.amin(1))[:, None] / 15
-    assert torch.equal(fused[5], rows[5]) and torch.equal(plain[5], rows[5])
-    # Where a number lies between two codes, either may be taken.
-    assert bool(((fused - plain).abs() <= 1.01 * steps).all())
-    assert float(((fused - plain).abs() > 0.01 * steps).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("codec", LOSSY, ids=named)
@@ -417,12 +413,118 @@ def test_another_codecs_way_of_writing_numbers_is_refused() -> None:
         newest_codec("split").decode(payload, plane, piece)
 
 
-# --- pairs ------------------------------------------------------------------------------------------------
+# --- loops, and what accelerators do instead ---------------------------------------------------------------
 
 
 @given(rows=st.integers(1, 7), columns=st.integers(1, 40), seed=st.integers(0, 99))
 def test_pairs_and_escapes_are_found_again(rows: int, columns: int, seed: int) -> None:
     numbers = torch.from_numpy(np.random.default_rng(seed).integers(0, 16, (rows, columns), dtype=np.uint8))
-    assert torch.equal(unpack_pairs(pack_pairs(numbers), rows), numbers)
+    pairs = pack_pairs(numbers)
+    assert torch.equal(unpack_pairs(pairs, rows), numbers)
     expected = (numbers.reshape(-1) == ESCAPE).nonzero().squeeze(1)
     assert torch.equal(escape_positions(numbers), expected)
+    assert loops.count_escapes(pairs.numpy(), rows) == len(expected)
+
+
+BOXES = [
+    FieldBox(2, 96, 2, 64, torch.bfloat16, True, False),
+    FieldBox(3, 67, 3, 5, torch.float32, True, True),
+    FieldBox(2, 67, 2, 100, torch.bfloat16, False, True),
+    FieldBox(1, 33, 1, 7, torch.float16, False, False),
+]
+
+
+def values_of(box: FieldBox) -> torch.Tensor:
+    numbers = torch.randn(box.shape, generator=torch.Generator().manual_seed(3))
+    return (numbers + torch.arange(box.width) / 8).to(box.dtype)
+
+
+def codes_of(pairs: torch.Tensor, box: FieldBox) -> torch.Tensor:
+    return unpack_pairs(pairs, box.rows).int()
+
+
+def sharing_of(box: FieldBox) -> Sharing:
+    return Sharing(box, 40, 1) if box.per_channel else Sharing(box, 1, min(64, box.width))
+
+
+@pytest.mark.parametrize("box", BOXES, ids=str)
+def test_extremes_are_those_of_what_shares_a_step(box: FieldBox) -> None:
+    values, sharing = values_of(box), sharing_of(box)
+    least, largest = extremes(values, sharing)
+    lines = least.view(box.layers, -1, sharing.spans)
+    skipped = int(box.has_sink)
+    for layer in range(box.layers):
+        for i in range(lines.shape[1]):
+            entries = slice(max(skipped, i * sharing.line_entries), (i + 1) * sharing.line_entries)
+            if not box.per_channel and i == 0 and skipped:
+                entries = slice(1, 2)  # the sink's line
+            some = values[layer, entries].float().amin(0).view(box.heads, -1)
+            expected = torch.cat([part.amin(1) for part in some.split(sharing.span_columns, dim=1)])
+            by_head = expected.view(-1, box.heads).T.reshape(-1)
+            assert torch.equal(lines[layer, i], by_head)
+    assert all(
+        torch.equal(*pair) for pair in zip((least, largest), extremes_anywhere(values, sharing), strict=True)
+    )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("box", BOXES, ids=str)
+def test_extremes_show_what_is_not_finite(box: FieldBox, bad: float) -> None:
+    values = values_of(box)
+    values[-1, 7, 0, 3] = bad
+    assert not all(bool(found.isfinite().all()) for found in extremes(values, sharing_of(box)))
+
+
+@pytest.mark.parametrize("box", BOXES, ids=str)
+def test_accelerators_place_numbers_as_the_loops_do(box: FieldBox) -> None:
+    values, sharing = values_of(box), sharing_of(box)
+    least, largest = extremes(values, sharing)
+    grid = Grid(sharing, least, (largest - least) / 15)
+    off = codes_of(grid.nearest(values), box) - codes_of(nearest_anywhere(grid, values), box)
+    assert bool((off.abs() <= 1).all())  # where a number lies between two codes, either may be taken
+    assert float((off != 0).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("box", BOXES, ids=str)
+def test_accelerators_let_escape_what_the_loops_do(box: FieldBox) -> None:
+    values, sharing = values_of(box), sharing_of(box)
+    least, largest = extremes(values, sharing)
+    grid = Grid(sharing, least + (largest - least) / 8, (largest - least) / 13)
+    here, there = grid.or_escapes(values, box.numel), or_escapes_anywhere(grid, values, box.numel)
+    assert here is not None and there is not None
+    assert len(here[1]) > 0
+    for pairs, escaped in (here, there):
+        restored = grid.restore(pairs, escaped).float()
+        off = (restored - values.float())[:, int(box.has_sink) :].abs().view(-1)
+        steps = sharing.spread(grid.step).view(box.shape)[:, int(box.has_sink) :].reshape(-1)
+        assert bool((off <= 0.51 * steps + 2.0**-7 * values.float().abs().max()).all())
+    assert grid.or_escapes(values, len(here[1]) - 1) is None
+    assert or_escapes_anywhere(grid, values, len(there[1]) - 1) is None
+
+
+@pytest.mark.parametrize("places", [[], [3] * 9])
+def test_numbers_for_other_than_all_escapes_are_refused(places: list[int]) -> None:
+    box = BOXES[0]
+    sharing = sharing_of(box)
+    grid = Grid(sharing, torch.zeros(sharing.lines, sharing.spans), torch.ones(sharing.lines, sharing.spans))
+    pairs = torch.zeros((box.rows // 2, box.columns), dtype=torch.uint8)
+    pairs[5, 7], pairs[6, 8] = ESCAPE, ESCAPE << 4
+    with pytest.raises(ValueError, match=f"{len(places)} numbers for 2 escapes"):
+        grid.restore(pairs, torch.tensor(places, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("box", BOXES[:3], ids=str)
+def test_accelerators_split_floats_as_the_loops_do(box: FieldBox) -> None:
+    values = values_of(box).view(box.rows, box.columns)
+    values.view(-1)[::97] = 2.0**-90
+    floats, plain = take_apart(values), take_apart_anywhere(values)
+    assert torch.equal(floats.exponents, plain.exponents)
+    assert torch.equal(floats.top, plain.top)
+    assert (floats.low is None) == (plain.low is None)
+    if floats.low is not None and plain.low is not None:
+        assert torch.equal(floats.low.view(torch.int16), plain.low.view(torch.int16))
+    bases = floats.exponents.view(box.layers, box.entries, -1).amax(1)
+    coded, plainly = code(floats.exponents, bases, box), code_anywhere(floats.exponents, bases, box)
+    assert coded is not None and plainly is not None
+    assert all(torch.equal(*pair) for pair in zip(coded, plainly, strict=True))
+    assert len(coded[1]) >= values.numel() // 97
