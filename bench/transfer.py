@@ -1,7 +1,8 @@
 """How fast does KV move between two processes, beside a bare TCP socket?
 
-The cache of a 4,096-token prompt (bfloat16, from real text) goes from one paged cache to another: raw over gRPC, in
-each codec, through each carrier; over a bare socket and a bare gRPC stream for comparison. Loopback first; then,
+The cache of a 4,096-token prompt (bfloat16, from real text) goes from one paged cache to another: in each codec as
+between two hosts (gRPC, payloads by carrier `tcp`), raw with payloads in the gRPC messages (`inline`), through shared
+memory and NIXL; over a bare socket and a bare gRPC stream for comparison. Loopback first; then,
 where network namespaces are allowed, over links of 50 Mbit/s, 1 Gbit/s and 10 Gbit/s. Seconds run from the first
 byte to the acknowledged commit; GB are bytes of the cache, whatever the codec made of them. Processor time is that
 of both ends for the move alone.
@@ -183,10 +184,11 @@ def run(console: Console, link: str = "") -> BenchReport:
 def methods(*, shaped: bool) -> list[Method]:
     """What is compared. Carriers that need one host are left out of shaped links."""
     bare = [Method("tcp"), Method("tcp_cubic", congestion=CUBIC), BARE_GRPC]
-    coded = [Method(codec.name, codec=codec.name) for codec in CODECS]
+    coded = [Method(codec.name, codec=codec.name, carrier="tcp") for codec in CODECS]
+    inline = Method("inline", codec="raw")
     carriers = () if shaped else ("shm", "nixl") if find_spec("nixl") else ("shm",)
     carried = [Method(name, codec="raw", carrier=name) for name in carriers]
-    return [*bare, *coded, *carried]
+    return [*bare, *coded, inline, *carried]
 
 
 def _measure(console: Console, link: links.Link, sample: Path, repeats: int, suffix: str) -> dict[str, float]:

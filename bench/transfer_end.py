@@ -12,6 +12,7 @@ import secrets
 import sys
 import threading
 import time
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -117,7 +118,7 @@ class ReceivingEnd(End):
             self.desk, sink, self.layout, lambda _lease, _handoff, _fidelity: None, time.monotonic
         )
         credits = CreditBook(DEFAULT_LANDING_BYTES, max_frame_bytes(self.layout, CARRIED_FRAME_BYTES))
-        self.carriers = CarrierHost(CarrierOptions(nixl=find_spec("nixl") is not None))
+        self.carriers = CarrierHost(CarrierOptions(nixl=find_spec("nixl") is not None, tcp_host=self.host))
         self.server = make_bulk_server()
         add_kv_services(self.server, BulkReceiver(lander, credits, self.carriers.open_slots), service)
         self.server.add_generic_rpc_handlers((bare_grpc.handler(),))
@@ -178,9 +179,11 @@ class SendingEnd(End):
         return {"seconds": bare_grpc.send(self._channel, message, num_bytes // len(message), PATIENCE_S)}
 
     def push(self, lease: str, codec: str, carrier: str) -> dict[str, Any]:
-        """Everything is ready at once: seconds until the commit is acknowledged. `carrier`: shm, nixl or none."""
+        """Everything is ready at once: seconds until the commit is acknowledged. `carrier`: shm, nixl, tcp or none."""
         if carrier not in self._carriers:
-            self._carriers[carrier] = SenderCarriers(shm=carrier == "shm", nixl=carrier == "nixl")
+            self._carriers[carrier] = SenderCarriers(
+                shm=carrier == "shm", nixl=carrier == "nixl", tcp=carrier == "tcp"
+            )
         carriers = self._carriers[carrier]
         reference = LeaseRef(bytes.fromhex(lease), 1, EPOCH, EPOCH)
         began = time.monotonic()
@@ -194,7 +197,7 @@ class SendingEnd(End):
             chooser=FixedCodec(newest_codec(codec), "measured"),
             owner=OWNER,
             metadata=carriers.metadata(),
-            open_writer=carriers.open_writer,
+            open_writer=partial(carriers.open_writer, address=self._address),
             options=PushOptions(frame_bytes=carriers.frame_bytes(self._address)),
         )
         handoff = pb.Handoff(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 
 import grpc
@@ -147,7 +148,7 @@ def open_push(
         owner=lease_id,
         start_token=lease.cached_tokens,
         metadata=(*cluster_metadata(context.config.cluster_secret), *kv.sending_carriers.metadata()),
-        open_writer=kv.sending_carriers.open_writer,
+        open_writer=partial(kv.sending_carriers.open_writer, address=lease.kv_address),
         options=PushOptions(frame_bytes=kv.sending_carriers.frame_bytes(lease.kv_address)),
         clock=context.clock,
     )

@@ -54,7 +54,7 @@ class KvParts:
         self.choosers.probe(engine.layout, config.fidelity)
         self.sink = CacheSink(engine.cache, engine.layout)
         self.credits = CreditBook(DEFAULT_LANDING_BYTES, max_frame_bytes(engine.layout, CARRIED_FRAME_BYTES))
-        self.landing_carriers = CarrierHost(CarrierOptions())
+        self.landing_carriers = CarrierHost(CarrierOptions(tcp_host=config.host))
         self.sending_carriers = SenderCarriers()
         self.store = (
             StoreClient(config.store_address, config.cluster_secret) if config.store_address else None
@@ -72,6 +72,7 @@ class KvParts:
     def close(self) -> None:
         """Give back what lies outside of this process's memory."""
         self.landing_carriers.close()
+        self.sending_carriers.close()
         if self.store is not None:
             self.store.close()
 

@@ -106,7 +106,14 @@ class PushSession:
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)  # for the runner and the builder
         self._quiet = threading.Condition(self._lock)  # for commit and abort: settled, or nothing reads
-        self._books = PushBooks(wire or layout, start_token, chooser, self._options, clock)
+        self._books = PushBooks(
+            wire or layout,
+            start_token,
+            chooser,
+            self._options,
+            clock,
+            waits_for_offers=open_writer is not None,
+        )
         self._error: TransferError | None = None
         self._is_committed = False
         self._num_reading = 0
@@ -244,9 +251,7 @@ class PushSession:
         if self._open_writer is not None and opening.offers:
             slots = open_first(self._open_writer, opening.offers)
         with self._lock:
-            if slots is not None:
-                self._books.use(stream, slots)
-            self._books.ledger.credit = opening.credit
+            self._books.open(stream, opening.credit, slots)
             self._work.notify_all()
 
     def _take_ack(self, message: bytes) -> None:

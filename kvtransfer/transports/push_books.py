@@ -46,7 +46,10 @@ class PushBooks:
         chooser: CodecChooser,
         options: PushOptions,
         clock: Callable[[], float],
+        *,
+        waits_for_offers: bool = False,
     ) -> None:
+        """`waits_for_offers`: no frame is made on a stream before the receiver has said where it may lie."""
         self.ledger = FrameLedger(wire, options.window_bytes, options.max_resends, clock)
         self.stream = 0  # rises when a stream is over; what is made for an older one does not count
         self._wire = wire
@@ -56,6 +59,8 @@ class PushBooks:
         self._progress = PushProgress(wire, start_token, options.frame_bytes, options.align_tokens)
         self._is_sealed = False
         self._fidelity = 0
+        self._waits_for_offers = waits_for_offers
+        self._is_open = not waits_for_offers
         self._slots: StreamSlots | None = None
         self._inline: set[int] = set()  # frames that were damaged in a slot
         self._carried: Counter[str] = Counter()  # bytes, by PushStats.carriers' names
@@ -100,7 +105,7 @@ class PushBooks:
     def take(self) -> FrameTask | None:
         """The next frame to make and send, in flight from now on; None while there is none, or no room for it."""
         slots = self._slots
-        if slots is not None and not slots.has_room and self.ledger.num_in_flight:
+        if not self._is_open or (slots is not None and not slots.has_room and self.ledger.num_in_flight):
             return None
         number = self.ledger.take()
         if number is None:
@@ -136,16 +141,19 @@ class PushBooks:
 
     # ---- stream by stream
 
-    def use(self, stream: int, slots: StreamSlots) -> None:
-        """The stream's payloads go into slots from now on."""
+    def open(self, stream: int, credit: int, slots: StreamSlots | None) -> None:
+        """The receiver has opened the stream; payloads go into `slots` from now on, if there are any."""
         if stream == self.stream:
+            self.ledger.credit = credit
+            self._is_open = True
             self._slots = slots
-        else:
+        elif slots is not None:
             slots.close()
 
     def leave_stream(self) -> int:
         """The stream is over: what was in flight goes again. Returns how many frames that are."""
         self.stream += 1
+        self._is_open = not self._waits_for_offers
         num_lost = self.ledger.num_in_flight
         self.ledger.lose_in_flight()
         if self._slots is not None:

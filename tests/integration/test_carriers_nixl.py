@@ -188,7 +188,7 @@ def choose() -> list[list[str]]:
         streams = host.open_slots(sender.metadata())
         found.append([slots.offer()["kind"] for slots in streams])
         for slots in streams:
-            sender.open_writer(slots.offer()).close()
+            sender.open_writer(slots.offer(), "localhost:0").close()
             slots.close(clean=True)
     host.close()
     return found
@@ -230,7 +230,7 @@ def test_without_the_extra_it_says_how_to_get_it_and_goes_without(
     monkeypatch.setattr(nixl_agent, "_process_agent", None)
     monkeypatch.setattr(nixl_agent, "_process_failure", "")
     host = CarrierHost(CarrierOptions(shm=False, nixl=True))
-    sender = SenderCarriers(shm=False, nixl=True)
+    sender = SenderCarriers(shm=False, nixl=True, tcp=False)
     assert sender.metadata() == ()
     assert host.open_slots((("headrace-carriers", "nixl"),)) == []
     assert "pip install 'headrace-server[nixl]'" in caplog.text

@@ -428,7 +428,7 @@ def test_a_sender_that_says_it_is_here_gets_shared_memory(directory: Path) -> No
     host = CarrierHost(options(directory))
     sender = SenderCarriers()
     (slots,) = host.open_slots(sender.metadata())
-    writer = sender.open_writer(slots.offer())
+    writer = sender.open_writer(slots.offer(), "localhost:0")
     writer.buffer(0).fill_(8)
     assert slots.read(0, 2) == b"\x08\x08"
     writer.close()
@@ -460,7 +460,7 @@ def test_a_sender_refuses_kinds_that_it_does_not_use(directory: Path) -> None:
     (slots,) = host.open_slots(SenderCarriers().metadata())
     for offer in (slots.offer(), {"kind": "teleport"}, {}):
         with pytest.raises(CarrierFailed, match="not used here"):
-            SenderCarriers(shm=False).open_writer(offer)
+            SenderCarriers(shm=False).open_writer(offer, "localhost:0")
     slots.close(clean=True)
     host.close()
 
@@ -503,5 +503,5 @@ def test_a_host_without_shared_memory_says_so_once_and_goes_on(
     ],
 )
 def test_frames_to_the_same_host_are_cut_larger(address: str, is_large: bool) -> None:
-    assert (SenderCarriers().frame_bytes(address) > DEFAULT_PIECE_BYTES) is is_large
-    assert SenderCarriers(shm=False).frame_bytes(address) == DEFAULT_PIECE_BYTES
+    assert (SenderCarriers(tcp=False).frame_bytes(address) > DEFAULT_PIECE_BYTES) is is_large
+    assert SenderCarriers(shm=False, tcp=False).frame_bytes(address) == DEFAULT_PIECE_BYTES
