@@ -86,8 +86,16 @@ class FrameLander:
         `read_slot`: as `decode_frame` takes it, for streams that have landing slots.
         """
         received_at = self._clock()
+
+        def read_when_here(slot: SlotRef) -> memoryview:
+            nonlocal received_at
+            assert read_slot is not None
+            payload = read_slot(slot)
+            received_at = self._clock()  # its payload may have been under way
+            return payload
+
         try:
-            frame = decode_frame(message, read_slot)
+            frame = decode_frame(message, read_when_here if read_slot is not None else None)
         except DamagedFrame as error:
             return Ack(None, ok=False, cause=AckFault.DAMAGED_FRAME, message=str(error))
         number = frame.header.number
