@@ -2,7 +2,7 @@
 
 The cache of a 4,096-token prompt (bfloat16, from real text) goes from one paged cache to another: in each codec as
 between two hosts (gRPC, payloads by carrier `tcp`), raw with payloads in the gRPC messages (`inline`), through shared
-memory and NIXL; over a bare socket and a bare gRPC stream for comparison. Loopback first; then,
+memory and NIXL (over TCP); over a bare socket, a bare gRPC stream and NIXL alone for comparison. Loopback first; then,
 where network namespaces are allowed, over links of 50 Mbit/s, 1 Gbit/s and 10 Gbit/s. Seconds run from the first
 byte to the acknowledged commit; GB are bytes of the cache, whatever the codec made of them. Processor time is that
 of both ends for the move alone.
@@ -39,6 +39,8 @@ SLOW_BITS_PER_S = 1e8
 """On links up to this rate, time to first token is measured too: there the codec decides it."""
 LINKS = ("50Mbit", "1Gbit", "10Gbit")
 CUBIC = "cubic"
+NIXL_ENVIRONMENT = {"UCX_TLS": "tcp,self"}
+"""As between two hosts without RDMA."""
 ANSWER_TIMEOUT_S = 300.0
 
 
@@ -67,6 +69,7 @@ class Move:
 
 
 BARE_GRPC = Method("grpc")
+BARE_NIXL = Method("nixl_paged")
 
 
 class BenchEnd:
@@ -79,7 +82,7 @@ class BenchEnd:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | MALLOC_ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+            env=NIXL_ENVIRONMENT | os.environ | MALLOC_ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -130,6 +133,9 @@ class Pair:
     def _bare(self, method: Method) -> Move:
         if method is BARE_GRPC:
             return self._timed("grpc_send", num_bytes=self.kv_bytes)
+        if method is BARE_NIXL:
+            where = self.receiver.ask("nixl_paged_listen", num_bytes=self.kv_bytes)
+            return self._timed("nixl_paged_send", num_bytes=self.kv_bytes, **where)
         arguments = {"congestion": method.congestion, "num_bytes": self.kv_bytes}
         port = self.receiver.ask("tcp_listen", **arguments)["port"]
         return self._timed("tcp_send", host=self.link.receiver_host, port=port, **arguments)
@@ -186,9 +192,10 @@ def methods(*, shaped: bool) -> list[Method]:
     bare = [Method("tcp"), Method("tcp_cubic", congestion=CUBIC), BARE_GRPC]
     coded = [Method(codec.name, codec=codec.name, carrier="tcp") for codec in CODECS]
     inline = Method("inline", codec="raw")
-    carriers = () if shaped else ("shm", "nixl") if find_spec("nixl") else ("shm",)
-    carried = [Method(name, codec="raw", carrier=name) for name in carriers]
-    return [*bare, *coded, inline, *carried]
+    if shaped:
+        return [*bare, *coded, inline]
+    shm, nixl = (Method(name, codec="raw", carrier=name) for name in ("shm", "nixl"))
+    return [*bare, *coded, inline, shm, *((nixl, BARE_NIXL) if find_spec("nixl") else ())]
 
 
 def _measure(console: Console, link: links.Link, sample: Path, repeats: int, suffix: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ import threading
 import time
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -42,6 +42,9 @@ from kvtransfer.transports.grpc_push import PushOptions, PushSession
 from kvtransfer.transports.grpc_receive import BulkReceiver, KvTransferService, add_kv_services
 from kvtransfer.transports.seam import HANDOFF_MAJOR
 
+if TYPE_CHECKING:
+    from bench.bare_nixl import PagedRegion
+
 BLOCK_TOKENS = 64
 COMPACT = 2
 PATIENCE_S = 300.0
@@ -63,6 +66,7 @@ class End:
         self._listening: Any = None
         self._received: threading.Thread | None = None
         self._noise = b""
+        self._paged: PagedRegion | None = None
 
     def cpu(self) -> dict[str, float]:
         """Seconds of processor time of this process so far."""
@@ -102,9 +106,23 @@ class End:
             self._noise = np.random.default_rng(1).bytes(num_bytes)
         return {"seconds": tcp.send(host, port, congestion, memoryview(self._noise))}
 
+    def paged_region(self, num_bytes: int) -> PagedRegion:
+        """Of NIXL alone; made at the first call."""
+        if self._paged is None:
+            from bench.bare_nixl import PagedRegion
+
+            self._paged = PagedRegion(secrets.token_hex(4), num_bytes)
+        return self._paged
+
 
 class ReceivingEnd(End):
     """A decode worker's KV side."""
+
+    def nixl_paged_listen(self, num_bytes: int) -> dict[str, Any]:
+        """Where pages may be written; polls until all are."""
+        region = self.paged_region(num_bytes)
+        threading.Thread(target=region.poll, daemon=True).start()
+        return {"name": region.name, "metadata": region.metadata().hex(), "pages": region.pages}
 
     def serve(self, sample: str) -> dict[str, Any]:
         """Open the cache and the port."""
@@ -177,6 +195,12 @@ class SendingEnd(End):
         """About that many bytes with nothing behind them, in messages as long as frames."""
         message = bytes(DEFAULT_PIECE_BYTES)
         return {"seconds": bare_grpc.send(self._channel, message, num_bytes // len(message), PATIENCE_S)}
+
+    def nixl_paged_send(self, num_bytes: int, name: str, metadata: str, pages: list[int]) -> dict[str, float]:
+        """Write all pages."""
+        region = self.paged_region(num_bytes)
+        region.agent.add_remote_agent(bytes.fromhex(metadata))
+        return {"seconds": region.write(name, pages, PATIENCE_S)}
 
     def push(self, lease: str, codec: str, carrier: str) -> dict[str, Any]:
         """Everything is ready at once: seconds until the commit is acknowledged. `carrier`: shm, nixl, tcp or none."""

@@ -11,6 +11,6 @@ CODEC_RANKS: dict[tuple[str, int], int] = {
     ("int8", 1): 1,
     ("fp8", 1): 1,
     ("ecsq", 1): 2,
-    ("int4", 2): 2,
+    ("int4", 3): 2,
 }
 """0 exact, 1 near, 2 compact, by (name, version)."""

@@ -471,6 +471,7 @@ def begin_payload(offer: dict[str, Any]) -> None:
     writer = TcpLinks().open_writer(offer, HOST)
     _writers.append(writer)
     write(writer, 0, 5, 16)
+    wait_until(lambda: not writer._num_unsent)
     writer._link._connection.sendall(struct.pack("<16sII", offer["token"], 1, 100) + bytes(50))
 
 
