@@ -1,7 +1,9 @@
 """One end of a large transfer in a process of its own, over a cache that takes no memory, with its peak memory.
 
-    python -m tests.integration.kvtransfer_memory_peer receive LANDING_BYTES NUM_TOKENS NUM_LEASES BYTES_PER_S
-    python -m tests.integration.kvtransfer_memory_peer send NUM_TOKENS WINDOW_BYTES
+    python -m tests.integration.kvtransfer_memory_peer receive LANDING_BYTES NUM_TOKENS NUM_LEASES BYTES_PER_S CARRIER
+    python -m tests.integration.kvtransfer_memory_peer send NUM_TOKENS WINDOW_BYTES CARRIER
+
+CARRIER is inline or tcp.
 
 The receiver says ADDRESS EPOCH LEASE...; the sender reads that. Each first moves a little on a lease of its own, so
 that what a first transfer sets up once is not counted, and says how many bytes its resident memory grew at the most
@@ -17,6 +19,7 @@ import sys
 import threading
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +35,7 @@ from kvtransfer.landing import FrameLander
 from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane
 from kvtransfer.lease_types import Grant, RequestId
 from kvtransfer.leases import LeaseTable
+from kvtransfer.transports.choose_carrier import CarrierHost, CarrierOptions, SenderCarriers
 from kvtransfer.transports.grpc_channel import make_bulk_server, open_bulk_channel
 from kvtransfer.transports.grpc_push import PushSession
 from kvtransfer.transports.grpc_receive import BulkReceiver, KvTransferService, add_kv_services
@@ -54,7 +58,7 @@ class PatternCache:
     def __init__(self) -> None:
         self.num_bytes_written = 0
         self._pattern = torch.randint(
-            0, 256, (4 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
+            0, 256, (8 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
         )
         self._lock = threading.Lock()
 
@@ -94,7 +98,7 @@ class PeakMemory:
         return int(match[1]) << 10
 
 
-def receive(landing_bytes: int, num_tokens: int, num_leases: int, bytes_per_s: float) -> None:
+def receive(landing_bytes: int, num_tokens: int, num_leases: int, bytes_per_s: float, carrier: str) -> None:
     epoch, cache, table_lock = secrets.randbits(32), PatternCache(), threading.RLock()
     table = LeaseTable(epoch, time.monotonic, secrets.token_bytes)
     desk = LeaseDesk(table, table_lock, lambda lease_ids: None)
@@ -102,7 +106,9 @@ def receive(landing_bytes: int, num_tokens: int, num_leases: int, bytes_per_s: f
     lander = FrameLander(desk, sink, LAYOUT, time.monotonic, LandingPace(lambda: True, bytes_per_s))
     server = make_bulk_server(max_calls=2 * num_leases + 4)
     service = KvTransferService(desk, sink, LAYOUT, lambda lease_id, handoff, fidelity: None, time.monotonic)
-    add_kv_services(server, BulkReceiver(lander, CreditBook(landing_bytes, FRAME_BYTES)), service)
+    carriers = CarrierHost(CarrierOptions(shm=False, tcp_host="127.0.0.1" if carrier == "tcp" else ""))
+    credits = CreditBook(landing_bytes, FRAME_BYTES)
+    add_kv_services(server, BulkReceiver(lander, credits, carriers.open_slots), service)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     leases = []
@@ -120,8 +126,9 @@ def receive(landing_bytes: int, num_tokens: int, num_leases: int, bytes_per_s: f
     server.stop(0).wait(5)
 
 
-def send(num_tokens: int, window_bytes: int) -> None:
+def send(num_tokens: int, window_bytes: int, carrier: str) -> None:
     address, epoch, *lease_ids = sys.stdin.readline().split()
+    carriers = SenderCarriers(shm=False, tcp=carrier == "tcp")
     channel, cache = open_bulk_channel(address), PatternCache()
 
     def push(lease_id: str, length: int) -> None:
@@ -134,13 +141,15 @@ def send(num_tokens: int, window_bytes: int) -> None:
             layout=LAYOUT,
             chooser=FixedCodec(newest_codec("raw"), "the test's"),
             owner=b"any",
-            options=PushOptions(window_bytes=window_bytes),
+            metadata=carriers.metadata(),
+            open_writer=partial(carriers.open_writer, address=address) if carrier == "tcp" else None,
+            options=PushOptions(window_bytes=window_bytes, frame_bytes=carriers.frame_bytes(address)),
         )
         session.advance(length)
         handoff = pb.Handoff(num_tokens=length, layout=LAYOUT.identity(), handoff_major=1)
         outcome = session.commit(handoff, 100)
-        if not outcome.is_committed:
-            say("failed", outcome)
+        if not outcome.is_committed or session.stats().carriers.keys() != {carrier}:
+            say("failed", outcome, session.stats())
 
     push(lease_ids[0], WARM_UP_TOKENS)
     say("warm")
@@ -163,8 +172,8 @@ def say(*words: object) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     match sys.argv[1:]:
-        case ["receive", landing_bytes, num_tokens, num_leases, bytes_per_s]:
-            receive(int(landing_bytes), int(num_tokens), int(num_leases), float(bytes_per_s))
-        case ["send", num_tokens, window_bytes]:
-            send(int(num_tokens), int(window_bytes))
+        case ["receive", landing_bytes, num_tokens, num_leases, bytes_per_s, carrier]:
+            receive(int(landing_bytes), int(num_tokens), int(num_leases), float(bytes_per_s), carrier)
+        case ["send", num_tokens, window_bytes, carrier]:
+            send(int(num_tokens), int(window_bytes), carrier)
     os._exit(0)

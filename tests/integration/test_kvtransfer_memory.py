@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from kvtransfer.transports.carriers import CARRIED_FRAME_BYTES, DEFAULT_NUM_SLOTS, DEFAULT_SLOT_BYTES
 from tests.integration.kvtransfer_memory_peer import FRAME_BYTES
 
 pytestmark = pytest.mark.integration
@@ -58,9 +59,11 @@ class Peer:
         self._process.communicate()
 
 
-def peaks_of(num_tokens: int, num_streams: int, landing_bytes: int, window_bytes: int) -> Peaks:
-    receiver = Peer("receive", landing_bytes, num_tokens, num_streams, LANDED_PER_S)
-    sender = Peer("send", num_tokens, window_bytes)
+def peaks_of(
+    num_tokens: int, num_streams: int, landing_bytes: int, window_bytes: int, carrier: str = "inline"
+) -> Peaks:
+    receiver = Peer("receive", landing_bytes, num_tokens, num_streams, LANDED_PER_S, carrier)
+    sender = Peer("send", num_tokens, window_bytes, carrier)
     try:
         sender.go_on(*receiver.hear())
         assert sender.hear() == ["warm"]
@@ -93,6 +96,14 @@ def test_256_mib_through_a_slow_receiver_stay_within_the_bounds(
     window_bytes = 1 << 30  # so that only the receiver's credit holds the sender back
     peaks = peaks_of(num_tokens, num_streams, landing_bytes, window_bytes)
     check_bounds(peaks, num_streams, landing_bytes, window_bytes)
+
+
+@pytest.mark.parametrize("num_tokens", [1024, pytest.param(4096, marks=pytest.mark.slow)])
+def test_slots_and_staging_of_a_stream_are_all_that_tcp_takes(num_tokens: int) -> None:
+    """However large the landing budget and the window."""
+    peaks = peaks_of(num_tokens, 1, 1 << 30, 1 << 30, "tcp")
+    bound = DEFAULT_NUM_SLOTS * DEFAULT_SLOT_BYTES + 3 * CARRIED_FRAME_BYTES + ALLOWANCE_BYTES
+    assert max(peaks) <= bound
 
 
 @pytest.mark.slow
