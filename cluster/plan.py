@@ -17,7 +17,7 @@ from cluster.profile import LoadedProfile, is_loopback, split_address
 from cluster.units import format_size
 from worker.config import WorkerRole
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "int8")
 """What the engine of this version computes in."""
 
 MALLOC_ENVIRONMENT = {
@@ -131,6 +131,7 @@ def plan(loaded: LoadedProfile, nodes: Sequence[Node], model: ModelFacts = Model
     router = RouterPlan(node=nodes[0], cpus=divisions[nodes[0].address].service, host=host, port=port)
     problems = [
         *_mixed_devices(loaded, placed),
+        *_integers_on_gpus(loaded, placed),
         *memory_problems(loaded, placed, kv_bytes, numbers, model),
         *_router_problems(loaded, workers, router),
     ]
@@ -217,6 +218,12 @@ def _stores(loaded: LoadedProfile, workers: Sequence[WorkerPlan]) -> Iterator[St
             disk_bytes=tiers.disk.size if tiers.disk else 0,
             tenant_share=tiers.tenant_share,
         )
+
+
+def _integers_on_gpus(loaded: LoadedProfile, placed: Sequence[Placed]) -> Iterator[Problem]:
+    if loaded.profile.model.precision == "int8" and any(slot.gpus for slot in placed):
+        message = "int8 runs on CPUs, here workers have GPUs"
+        yield loaded.problem(("model", "precision"), message, expected="auto or bfloat16")
 
 
 def _mixed_devices(loaded: LoadedProfile, placed: Sequence[Placed]) -> Iterator[Problem]:

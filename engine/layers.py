@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from engine.linear import Linear
+from engine.linear import Product
 
 
 class RMSNorm:
@@ -51,7 +51,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torc
 class GatedMLP:
     """down(silu(gate(x)) · up(x)), gate and up in one product."""
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, gate_up: Product, down: Product) -> None:
         self._gate_up = gate_up
         self._down = down
 

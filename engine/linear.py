@@ -7,10 +7,23 @@ product here goes through oneDNN and no batch has a single row (design §3.7).
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 
+from engine.loops import quantize_rows, rotate_rows
+
+_INT8_MAX = 127
+_MOST_MIXED = 64  # numbers; what divides the width may be less
+_SMALLEST_SCALE = 1e-30  # of an output whose weights are all 0
 MIN_ROWS = 2  # fewer rows would take a kernel of their own
+
+
+class Product(Protocol):
+    """A linear layer: x [T, in] float32 → [T, out] float32."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 class Linear:
@@ -36,3 +49,48 @@ class Linear:
         else:
             y = F.linear(x, self._weight, self._bias)
         return y.float()
+
+
+class Int8Linear:
+    """y = x Wᵀ + b in integers, on the CPU: weights in int8 with a scale per output, each row of x in uint8 around 128
+    with a scale of its own.
+
+    Sums are exact in int32, so a row's result depends on no other row and on no order. Inputs and weights are rotated
+    by a Hadamard matrix first, which changes no product and spreads outliers, whose channels would take the steps of
+    all others (QuaRot, Ashkboos et al., 2024; docs/precision.md has what it gives). oneDNN takes unsigned activations
+    with zero point 128 through its fast kernels, signed ones through its reference.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._size = min(_MOST_MIXED, self.in_features & -self.in_features)
+        rotated = weight.to(torch.float32, copy=True).contiguous()
+        rotate_rows(rotated.numpy(), self._size)
+        scale = rotated.abs().amax(1).div_(_INT8_MAX).clamp_(min=_SMALLEST_SCALE)
+        codes = rotated.div_(scale[:, None]).round_().to(torch.int8)
+        self._codes = torch.ops.onednn.qlinear_prepack(codes, None)
+        self._scale = scale / self._size  # both sides are √size times as large
+        self._zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        self._bias = bias.float() if bias is not None else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        scales = torch.empty(len(x), 1)
+        quantize_rows(x.contiguous().numpy(), self._size, codes.numpy(), scales.view(-1).numpy())
+        y: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes,
+            1.0,
+            128,
+            self._codes,
+            self._scale,
+            self._zero_points,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        y.mul_(scales)
+        return y if self._bias is None else y.add_(self._bias)

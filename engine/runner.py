@@ -24,7 +24,7 @@ from engine.weights import open_weights
 BLOCK_TOKENS = 64
 """Of a block in memory and of a key block (design §4). The engine has no other size; a cache at the other end of a
 transfer may (kvtransfer/recut.py), since pieces travel by entry."""
-WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 class EngineError(Exception):
@@ -33,7 +33,7 @@ class EngineError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How to run a model. `precision`: float32 | bfloat16 | auto; `kv_dtype`: float32 | bfloat16 | auto.
+    """How to run a model. `precision`: float32 | bfloat16 | int8 | auto; `kv_dtype`: float32 | bfloat16 | auto.
 
     `max_context`, `chunk_tokens` in tokens; `kv_bytes` bounds the cache; `num_threads` of one product.
     `tenant_share`: the part of the cache, at least one context of it, within which no other tenant takes a
@@ -63,9 +63,13 @@ class ModelRunner:
         self.config: ModelConfig = ModelConfig.open(model_dir)
         self.device = torch.device(options.device)
         self.precision = "float32" if options.precision == "auto" else options.precision
-        if self.precision not in WEIGHT_DTYPES:
-            raise EngineError(f"precision {self.precision!r} is not one of auto, {', '.join(WEIGHT_DTYPES)}")
-        kv_dtype = self.precision if options.kv_dtype == "auto" else options.kv_dtype
+        if self.precision not in PRECISIONS:
+            raise EngineError(f"precision {self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
+        if self.precision == "int8" and self.device.type != "cpu":
+            raise EngineError(f"precision int8 runs on the CPU, not on {self.device}: use bfloat16")
+        kv_dtype = options.kv_dtype
+        if kv_dtype == "auto":
+            kv_dtype = "float32" if self.precision == "float32" else "bfloat16"
         self.layout = cache_layout(self.config, kv_dtype, BLOCK_TOKENS)
         self.max_context = min(options.max_context, self.config.max_context)
         block_bytes = self.layout.num_bytes(BLOCK_TOKENS)
@@ -86,7 +90,7 @@ class ModelRunner:
         self._builder = BatchBuilder(self.pool.blocks, BLOCK_TOKENS, self.cache.padding_block, self.device)
         weights = open_weights(model_dir, self.config)
         self._model = DenseDecoder(
-            self.config, weights, WEIGHT_DTYPES[self.precision], self.max_context, BLOCK_TOKENS, self.device
+            self.config, weights, self.precision, self.max_context, BLOCK_TOKENS, self.device
         )
 
     @property

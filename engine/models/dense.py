@@ -15,7 +15,7 @@ from engine.attention import PagedAttention
 from engine.batch import StepBatch
 from engine.cache import PagedCache, gqa_layout
 from engine.layers import GatedMLP, RMSNorm, Rotary, rotate
-from engine.linear import Linear
+from engine.linear import Int8Linear, Linear, Product
 from engine.models.config import ModelConfig
 from engine.rope import rope_tables
 from engine.weights import Weights
@@ -29,20 +29,29 @@ def cache_layout(config: ModelConfig, kv_dtype: str, block_tokens: int) -> Cache
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where weights go and in what precision."""
+    """Where weights go and in what precision (EngineOptions.precision)."""
 
     weights: Weights
-    dtype: torch.dtype
+    precision: str
     device: torch.device
     eps: float
 
-    def linear(self, *names: str, bias: bool = False) -> Linear:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights that are not quantized."""
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+    def linear(self, *names: str, bias: bool = False) -> Product:
         """One product for the rows of all `names`, in order."""
         weight = self.weights.fused([f"{name}.weight" for name in names], self.dtype).to(self.device)
         offset = None
         if bias:
             offset = self.weights.fused([f"{name}.bias" for name in names], torch.float32).to(self.device)
-        return Linear(weight, offset)
+        return Int8Linear(weight, offset) if self.precision == "int8" else Linear(weight, offset)
+
+    def head(self, embedding: torch.Tensor) -> Product:
+        """The output head that an embedding [vocabulary, hidden] is, too."""
+        return Int8Linear(embedding) if self.precision == "int8" else Linear(embedding, repack=False)
 
     def norm(self, name: str) -> RMSNorm:
         """The norm with the weight of that name."""
@@ -104,20 +113,21 @@ class DenseDecoder:
         self,
         config: ModelConfig,
         weights: Weights,
-        dtype: torch.dtype,
+        precision: str,
         max_context: int,
         block_tokens: int,
         device: torch.device,
     ) -> None:
         # Copied into memory of its own: a page of a mapped file would be read from disk in mid-answer.
-        self._embedding = weights.get("model.embed_tokens.weight").to(dtype=dtype, device=device, copy=True)
-        place = Placement(weights, dtype, device, config.rms_norm_eps)
+        place = Placement(weights, precision, device, config.rms_norm_eps)
+        embedding = weights.get("model.embed_tokens.weight")
+        self._embedding = embedding.to(dtype=place.dtype, device=device, copy=True)
         self._layers = [
             DecoderLayer(index, config, place, block_tokens) for index in range(config.num_layers)
         ]
         self._norm = place.norm("model.norm")
         tied = config.tie_word_embeddings
-        self._head = Linear(self._embedding, repack=False) if tied else place.linear("lm_head")
+        self._head = place.head(self._embedding) if tied else place.linear("lm_head")
         cos, sin = rope_tables(config, max_context)
         self._rotary = Rotary(cos.to(device), sin.to(device))
 

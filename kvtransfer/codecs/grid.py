@@ -22,7 +22,7 @@ from kvtransfer.codecs.sink import has_sink
 
 if TYPE_CHECKING:
     from kvtransfer.codecs.fieldwise import FieldBox
-    from kvtransfer.codecs.loops import Array
+    from kvtransfer.compiled import Array
 
 FAR = loops.FAR
 _FLOAT16_RANGE = (torch.finfo(torch.float16).min, torch.finfo(torch.float16).max)

@@ -1,8 +1,4 @@
-"""Loops over numbers in host memory, compiled by numba: one pass where single tensor operations take ten.
-
-They let other threads run meanwhile. The first call of a loop compiles it, some seconds; the result is kept beside
-the source, or in the user's cache directory, for the processes that follow. All of them are in this one file, because
-what is kept is made anew only when the file of the loop itself changes.
+"""What codecs do to numbers in host memory, as compiled loops. All of them are in this one file (see `compiled`).
 
 Rows are those of a field, [layers · entries, columns]. Arguments that several have:
 
@@ -18,23 +14,16 @@ A line is `line_entries` entries of a layer, a span some neighbouring columns: t
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numba
 import numpy as np
 import torch
 
 from kvtransfer.codecs.nibbles import ESCAPE
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from kvtransfer.compiled import Array, compiled
 
 FAR = 1 << 24
 """The place of what is no number, or further away than can be counted."""
 
-_Loop = TypeVar("_Loop", bound="Callable[..., Any]")
 _Shape = tuple[int, int, int, int]
 
 _ESCAPE = np.uint8(ESCAPE)
@@ -45,16 +34,6 @@ _BELOW_TOP = np.uint64(0x7F7F7F7F7F7F7F7F)
 _TOP = np.uint64(0x8080808080808080)
 _BYTE_NUMBERS = np.uint64(0x0001020304050607)
 _U1, _U7, _U8, _U56 = np.uint64(1), np.uint64(7), np.uint64(8), np.uint64(56)
-
-
-def compiled(loop: _Loop, any_order: bool = False) -> _Loop:
-    """`loop` in machine code, without the interpreter's lock. any_order: floats may be added up in any order, as
-    vectors demand."""
-    jit = partial(numba.njit, nogil=True, error_model="numpy", fastmath={"reassoc"} if any_order else False)
-    try:
-        return cast("_Loop", jit(loop, cache=True))
-    except RuntimeError:  # no directory to keep it in
-        return cast("_Loop", jit(loop))
 
 
 def float_bits(numbers: torch.Tensor) -> Array:

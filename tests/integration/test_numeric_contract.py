@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,24 +21,37 @@ MAX_CONTEXT = 1024
 BLOCK_TOKENS = 64
 
 
+@dataclass(frozen=True)
+class Model:
+    """What is opened, and how exact its products are."""
+
+    path: Path
+    precision: str
+
+
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def model(model_dir: Path, request: pytest.FixtureRequest) -> Model:
+    return Model(model_dir, request.param)
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_context=MAX_CONTEXT)
 
 
 @pytest.fixture(scope="module")
-def roomy(model_dir: Path) -> Engine:
+def roomy(model: Model) -> Engine:
     """An engine with room for everything and chunks of its own; its prefix cache must not change anything either."""
-    return open_engine(model_dir, chunk_tokens=512)
+    return open_engine(model, chunk_tokens=512)
 
 
-def open_engine(model_dir: Path, **options: object) -> Engine:
+def open_engine(model: Model, **options: object) -> Engine:
     defaults: dict[str, object] = {"max_context": MAX_CONTEXT, "kv_bytes": 32 << 20, "num_threads": 1}
-    return Engine.open(model_dir, EngineOptions(**{**defaults, **options}))  # type: ignore[arg-type]
+    return Engine.open(model.path, EngineOptions(precision=model.precision, **{**defaults, **options}))  # type: ignore[arg-type]
 
 
-def kv_bytes_of(model_dir: Path, num_blocks: int) -> int:
-    return open_engine(model_dir).layout.num_bytes(BLOCK_TOKENS) * num_blocks
+def kv_bytes_of(model: Model, num_blocks: int) -> int:
+    return open_engine(model).layout.num_bytes(BLOCK_TOKENS) * num_blocks
 
 
 def prompts(count: int, seed: int, longest: int = 700) -> list[list[int]]:
@@ -62,14 +76,14 @@ def samplings(count: int) -> list[SamplingParams]:
     return [kinds[index % len(kinds)] for index in range(count)]
 
 
-def test_the_probe_finds_the_contract_kept(model_dir: Path) -> None:
-    assert open_engine(model_dir).invariant
+def test_the_probe_finds_the_contract_kept(model: Model) -> None:
+    assert open_engine(model).invariant
 
 
-def test_64_interleaved_requests_equal_each_run_alone(model_dir: Path, roomy: Engine) -> None:
+def test_64_interleaved_requests_equal_each_run_alone(model: Model, roomy: Engine) -> None:
     rng = random.Random(7)
     requests = list(zip(prompts(64, seed=1), samplings(64), strict=True))
-    tight = open_engine(model_dir, kv_bytes=kv_bytes_of(model_dir, 22), chunk_tokens=96)
+    tight = open_engine(model, kv_bytes=kv_bytes_of(model, 22), chunk_tokens=96)
     driver = Driver(tight)
     waiting = list(enumerate(requests))
     rng.shuffle(waiting)
@@ -89,29 +103,29 @@ def test_64_interleaved_requests_equal_each_run_alone(model_dir: Path, roomy: En
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 100, 1024])
-def test_chunk_size_changes_nothing(model_dir: Path, roomy: Engine, chunk_tokens: int) -> None:
+def test_chunk_size_changes_nothing(model: Model, roomy: Engine, chunk_tokens: int) -> None:
     prompt = prompts(2, seed=3)[1] * 3
     sampling = SamplingParams(temperature=0.8, seed=5, max_tokens=20, logprobs=3)
-    cut = answer(open_engine(model_dir, chunk_tokens=chunk_tokens), prompt[:400], sampling)
+    cut = answer(open_engine(model, chunk_tokens=chunk_tokens), prompt[:400], sampling)
     whole = answer(roomy, prompt[:400], sampling)
     assert cut == whole
 
 
-def test_threads_change_nothing(model_dir: Path) -> None:
+def test_threads_change_nothing(model: Model) -> None:
     prompt = prompts(5, seed=4)[4][:300]
     sampling = SamplingParams(temperature=0.8, seed=5, max_tokens=20, logprobs=3)
-    one = answer(open_engine(model_dir, num_threads=1), prompt, sampling)
-    two = answer(open_engine(model_dir, num_threads=2), prompt, sampling)
+    one = answer(open_engine(model, num_threads=1), prompt, sampling)
+    two = answer(open_engine(model, num_threads=2), prompt, sampling)
     assert one == two
 
 
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 256, 300])
 def test_a_handed_over_prompt_goes_on_as_if_computed_here(
-    model_dir: Path, roomy: Engine, num_tokens: int
+    model: Model, roomy: Engine, num_tokens: int
 ) -> None:
     prompt = [(index * 31 + 7) % 260 + 4 for index in range(num_tokens)]
     sampling = SamplingParams(temperature=0.9, seed=21, max_tokens=16, n=2)
-    here, there = open_engine(model_dir, chunk_tokens=50), open_engine(model_dir, chunk_tokens=128)
+    here, there = open_engine(model, chunk_tokens=50), open_engine(model, chunk_tokens=128)
     lease, local = b"d" * 16, b"p" * 16
     there.reserve(lease, prompt, 2, ROOT_KEY)
     here.reserve(local, prompt, 2, ROOT_KEY)
@@ -134,8 +148,9 @@ def test_a_handed_over_prompt_goes_on_as_if_computed_here(
     assert answers == [outcome.token_ids for outcome in alone]
 
 
-def test_nan_ends_its_own_request_and_leaves_no_trace(tmp_path: Path) -> None:
-    poisoned = make_tiny_model(tmp_path / "nan", max_context=MAX_CONTEXT, nan_token_id=9)
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_nan_ends_its_own_request_and_leaves_no_trace(tmp_path: Path, precision: str) -> None:
+    poisoned = Model(make_tiny_model(tmp_path / "nan", max_context=MAX_CONTEXT, nan_token_id=9), precision)
     engine = open_engine(poisoned, kv_bytes=kv_bytes_of(poisoned, 18))
     good = SamplingParams(temperature=0.0, max_tokens=8, logit_bias=((9, -100.0),))
     prompt = [20 + index % 200 for index in range(150)]
@@ -151,8 +166,8 @@ def test_nan_ends_its_own_request_and_leaves_no_trace(tmp_path: Path) -> None:
     assert answer(engine, prompt, good) == expected
 
 
-def test_release_in_mid_step_gives_blocks_back_when_the_step_is_applied(model_dir: Path) -> None:
-    engine = open_engine(model_dir)
+def test_release_in_mid_step_gives_blocks_back_when_the_step_is_applied(model: Model) -> None:
+    engine = open_engine(model)
     lease = b"x" * 16
     engine.reserve(lease, [5] * 200, 1, ROOT_KEY)
     engine.submit(lease, [5] * 200, SamplingParams(max_tokens=4), prefill_only=False)

@@ -135,13 +135,19 @@ def test_more_memory_than_a_gpu_has_names_the_place() -> None:
     assert problem.path == ("decode", "kv_memory")
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_precision_that_is_not_built_says_which_are(precision: str) -> None:
-    loaded = parse_profile(
-        f"version: 1\nname: x\nmodel: {{path: a, precision: {precision}}}\ncolocated: {{}}\n", "p.yaml"
-    )
-    with pytest.raises(ProfileError, match="expected auto, float32 or bfloat16"):
+def test_a_precision_that_is_not_built_says_which_are() -> None:
+    loaded = parse_profile("version: 1\nname: x\nmodel: {path: a, precision: fp8}\ncolocated: {}\n", "p.yaml")
+    with pytest.raises(ProfileError, match="expected auto, float32, bfloat16 or int8"):
         plan(loaded, [machine(2)])
+
+
+def test_int8_keeps_its_cache_in_bfloat16_and_is_for_the_cpu() -> None:
+    sections = "prefill: {resources: {gpus: 1}}\ndecode: {resources: {gpus: 1}}\n"
+    head = HEAD.replace("tiny}", "tiny, precision: int8}")
+    result = plan(parse_profile(head + "colocated: {}\n", "p.yaml"), [machine(2)])
+    assert (result.precision, result.kv_dtype) == ("int8", "bfloat16")
+    with pytest.raises(ProfileError, match="int8 runs on CPUs"):
+        plan(parse_profile(head + sections, "p.yaml"), [machine(4, 2)])
 
 
 def test_a_context_longer_than_the_model_s_is_refused() -> None:

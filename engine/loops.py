@@ -1,0 +1,63 @@
+"""Row by row work of the engine on the CPU, as compiled loops: a row is a function of itself alone, whatever the
+others. All of them are in this one file (see kvtransfer.compiled)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvtransfer.compiled import Array, compiled
+
+_LARGEST = np.float32(127)
+_SMALLEST_SCALE = np.float32(1e-30)  # a row of zeros has no scale of its own
+_ZERO_AND_HALF = np.float32(128.5)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+
+
+@compiled
+def rotate_rows(rows: Array, size: int) -> None:
+    """Every row of float32 [n, width] times √size · (H ⊗ 1), H the Hadamard matrix of order `size`, in place.
+
+    `size`: a power of two that divides the width; the numbers that are mixed are width / size apart, so that sums and
+    differences are of neighbours.
+    """
+    for row in range(len(rows)):
+        _rotate(rows, row, size)
+
+
+@compiled
+def quantize_rows(rows: Array, size: int, codes: Array, scales: Array) -> None:
+    """Writes codes, uint8 [n, width], and scales, float32 [n], so that rows, rotated, ≈ (codes - 128) · scale.
+    rows: float32 [n, width], not changed. A row that is not finite has a scale that is not."""
+    width = rows.shape[1]
+    rotated = np.empty((1, width), np.float32)
+    words = rotated.view(np.int32)
+    peak = np.empty(1, np.int32)
+    for row in range(len(rows)):
+        for i in range(width):
+            rotated[0, i] = rows[row, i]
+        _rotate(rotated, 0, size)
+        peak[0] = 0
+        largest = np.int32(0)
+        for i in range(width):  # as integers: they are compared several at a time, floats are not
+            largest = max(largest, words[0, i] & _MAGNITUDE)
+        peak[0] = largest
+        scale = peak.view(np.float32)[0] / _LARGEST
+        scales[row] = scale
+        inverse = np.float32(1) / max(scale, _SMALLEST_SCALE)
+        for i in range(width):
+            codes[row, i] = np.int32(rotated[0, i] * inverse + _ZERO_AND_HALF)
+
+
+@compiled
+def _rotate(rows: Array, row: int, size: int) -> None:
+    """By butterflies, the fast Walsh-Hadamard transform."""
+    width = rows.shape[1]
+    run = width // size
+    while run < width:
+        for start in range(0, width, 2 * run):
+            first, second = rows[row, start : start + run], rows[row, start + run : start + 2 * run]
+            for i in range(run):
+                one, other = first[i], second[i]
+                first[i] = one + other
+                second[i] = one - other
+        run *= 2
