@@ -113,6 +113,7 @@ def test_requests_that_are_not_resumed_within_the_grace_are_cancelled(node: Work
     first = SessionClient(node.address, SECRET)
     for key in (kept, lost):
         _start(first, key)
+    first.wait(lambda: first.reports()[-1:] and first.reports()[-1].leases == 2, "both")
     gate.allow(2)
     first.wait(lambda: all(first.num_tokens(key) >= 1 for key in (kept, lost)), "tokens of both")
     first.break_off()
