@@ -30,7 +30,7 @@ class Extent(NamedTuple):
     every_seeded: int
 
 
-SHORT = Extent(1000, 2)  # the three longest prompts take longer than the other 29
+SHORT = Extent(500, 3)  # the longest prompts take longer than all the others
 WHOLE = Extent(4000, 1)
 
 
