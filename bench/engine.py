@@ -1,0 +1,41 @@
+"""What does one engine do, beside what the machine could?
+
+One process per precision, all cores, SmolLM2: tokens a second of prompts that nothing is known of, milliseconds of a
+step of one answer, tokens a second of 4 and 16 answers together; seconds until it can serve, from the start of the
+process; resident memory beyond weights, cache and torch's own import. `gemm_limit_tok_s` is what prefill would be if
+it were its products alone, `stream_limit_ms` what a step would be if it were reading the weights alone, both
+measured here. Names of float32 have nothing in front, those of int8 `int8_`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from rich.console import Console
+
+from bench.report import BenchReport
+from cluster.plan import MALLOC_ENVIRONMENT
+
+PREFIXES = {"float32": "", "int8": "int8_"}
+TIMEOUT_S = 900.0
+
+
+def run(console: Console) -> BenchReport:
+    """One precision after the other."""
+    metrics: dict[str, float] = {}
+    num_threads = len(os.sched_getaffinity(0))
+    for precision, prefix in PREFIXES.items():
+        with console.status(f"{precision} on {num_threads} cores …"):
+            done = subprocess.run(
+                [sys.executable, "-m", "bench.engine_process", precision, str(num_threads)],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=TIMEOUT_S,
+                env=os.environ | MALLOC_ENVIRONMENT,
+            )
+        metrics |= {f"{prefix}{name}": value for name, value in json.loads(done.stdout).items()}
+    return BenchReport("engine", metrics, (f"{num_threads} threads; steps follow prompts of 128 tokens",))

@@ -1,0 +1,141 @@
+"""One engine by itself, measured in a process of its own: `python -m bench.engine_process PRECISION THREADS`.
+
+Prints one JSON object of numbers.
+"""
+
+from __future__ import annotations
+
+import time
+
+_BEGAN = time.monotonic()  # before torch is imported: a worker pays for that, too
+
+import json  # noqa: E402
+import resource  # noqa: E402
+import statistics  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from bench.kv_sample import MODEL  # noqa: E402
+from bench.prompts import distinct_prompt  # noqa: E402
+from cluster.model_store import resolve  # noqa: E402
+from engine.engine import Engine  # noqa: E402
+from engine.events import PrefillDone  # noqa: E402
+from engine.linear import Int8Linear, Linear, Product  # noqa: E402
+from engine.models.config import ModelConfig  # noqa: E402
+from engine.request import SamplingParams  # noqa: E402
+from engine.runner import EngineOptions  # noqa: E402
+
+PROMPTS = (128, 1024, 4096)
+STREAMS = (1, 4, 16)
+STREAM_PROMPT_TOKENS = 128
+STEPS = 40
+RUNS = 3
+KV_BYTES = 1 << 30
+LIMIT_ROWS = 512
+STREAM_BYTES = 512 << 20
+_MIB = 1 << 20
+
+
+def measure(precision: str, num_threads: int) -> dict[str, float]:
+    """All of it."""
+    model_dir = resolve(MODEL)
+    imported_mib = _peak_rss_mib()
+    options = EngineOptions(
+        precision=precision, num_threads=num_threads, kv_bytes=KV_BYTES, max_context=max(PROMPTS) + 64
+    )
+    engine = Engine.open(model_dir, options)
+    found = {"ready_s": time.monotonic() - _BEGAN, "invariant": float(engine.invariant)}
+    seeds = iter(range(10_000))
+    for num_tokens in PROMPTS:
+        runs = [_prefill_s(engine, num_tokens, next(seeds)) for _ in range(RUNS)]
+        found[f"prefill_tok_s_{num_tokens}"] = num_tokens / statistics.median(runs)
+    for num_streams in STREAMS:
+        step_s = _step_s(engine, num_streams, seeds)
+        if num_streams == 1:
+            found["decode_ms_b1"] = 1e3 * step_s
+        else:
+            found[f"out_tok_s_c{num_streams}"] = num_streams / step_s
+    kept_mib = (_weight_bytes(engine.config, precision) + engine.cache.num_bytes) / _MIB
+    found["extra_rss_mib"] = _peak_rss_mib() - imported_mib - kept_mib
+    return found | _limits(engine.config, precision)
+
+
+def _prefill_s(engine: Engine, num_tokens: int, seed: int) -> float:
+    lease_id, prompt = seed.to_bytes(16, "little"), distinct_prompt(num_tokens, seed)
+    engine.reserve(lease_id, prompt, 1, b"bench")
+    began = time.perf_counter()
+    engine.submit(lease_id, prompt, SamplingParams(temperature=0.0), prefill_only=True)
+    while not any(isinstance(event, PrefillDone) for event in engine.step().events):
+        pass
+    took_s = time.perf_counter() - began
+    engine.release(lease_id)
+    return took_s
+
+
+def _step_s(engine: Engine, num_streams: int, seeds: Iterator[int]) -> float:
+    """Median of steps in which every stream draws one token."""
+    leases = [next(seeds) for _ in range(num_streams)]
+    sampling = SamplingParams(temperature=0.0, max_tokens=STEPS + num_streams + 2, ignore_eos=True)
+    for seed in leases:
+        prompt = distinct_prompt(STREAM_PROMPT_TOKENS, seed)
+        engine.reserve(seed.to_bytes(16, "little"), prompt, 1, b"bench")
+        engine.submit(seed.to_bytes(16, "little"), prompt, sampling, prefill_only=False)
+    taken = []
+    while engine.has_work():
+        began = time.perf_counter()
+        events = engine.step().events
+        if len(events) == num_streams:
+            taken.append(time.perf_counter() - began)
+    for seed in leases:
+        engine.release(seed.to_bytes(16, "little"))
+    return statistics.median(taken)
+
+
+def _limits(config: ModelConfig, precision: str) -> dict[str, float]:
+    """What this machine could do: tokens a second if prefill were its products alone, and milliseconds of a step if
+    that were reading the weights alone."""
+    products_s = sum(_product_s(shape, precision) for shape in _layer_shapes(config)) * config.num_layers
+    stream = np.ones(STREAM_BYTES // 8, np.int64)
+    seconds = min(_timed(stream.sum) for _ in range(RUNS))
+    stream_s = _weight_bytes(config, precision) * seconds / STREAM_BYTES
+    return {"gemm_limit_tok_s": LIMIT_ROWS / products_s, "stream_limit_ms": 1e3 * stream_s}
+
+
+def _product_s(shape: tuple[int, int], precision: str) -> float:
+    weight = torch.randn(shape)
+    product: Product = Int8Linear(weight) if precision == "int8" else Linear(weight)
+    rows = torch.randn(LIMIT_ROWS, shape[1])
+    return min(_timed(lambda: product(rows)) for _ in range(3 * RUNS))
+
+
+def _layer_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """[out, in] of a layer's products."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return [(queries + 2 * keys, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)]
+
+
+def _weight_bytes(config: ModelConfig, precision: str) -> int:
+    """As they lie in memory; the embedding is kept beside the output head."""
+    products = config.num_layers * sum(out * width for out, width in _layer_shapes(config))
+    head = config.vocab_size * config.hidden_size
+    if precision == "int8":
+        return products + head + 2 * head
+    return 4 * (products + head)
+
+
+def _timed(work: object) -> float:
+    began = time.perf_counter()
+    work()  # type: ignore[operator]
+    return time.perf_counter() - began
+
+
+def _peak_rss_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))  # noqa: T201
