@@ -7,7 +7,6 @@ small model); pages are taken and written in an order of their own each, as thos
 from __future__ import annotations
 
 import random
-import threading
 import time
 from typing import Any
 
@@ -30,7 +29,6 @@ class PagedRegion:
         self.registration = self.agent.register_memory([(address, len(self.memory), 0, "")], "DRAM")
         self.pages = [address + i * PAGE_BYTES for i in range(num_pages)]
         random.Random(name).shuffle(self.pages)
-        self._is_done = threading.Event()
 
     def metadata(self) -> bytes:
         """For the other end."""

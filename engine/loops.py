@@ -36,7 +36,6 @@ def quantize_rows(rows: Array, size: int, codes: Array, scales: Array) -> None:
         for i in range(width):
             rotated[0, i] = rows[row, i]
         _rotate(rotated, 0, size)
-        peak[0] = 0
         largest = np.int32(0)
         for i in range(width):  # as integers: they are compared several at a time, floats are not
             largest = max(largest, words[0, i] & _MAGNITUDE)
@@ -55,9 +54,10 @@ def _rotate(rows: Array, row: int, size: int) -> None:
     run = width // size
     while run < width:
         for start in range(0, width, 2 * run):
-            first, second = rows[row, start : start + run], rows[row, start + run : start + 2 * run]
-            for i in range(run):
-                one, other = first[i], second[i]
-                first[i] = one + other
-                second[i] = one - other
+            for i in range(
+                np.uint64(start), np.uint64(start + run)
+            ):  # unsigned: no index counts from the end
+                one, other = rows[row, i], rows[row, i + np.uint64(run)]
+                rows[row, i] = one + other
+                rows[row, i + np.uint64(run)] = one - other
         run *= 2

@@ -36,7 +36,8 @@ import torch
 from kvtransfer.codecs.base import Fidelity
 from kvtransfer.codecs.fieldwise import FieldBox, FieldwiseCodec
 from kvtransfer.codecs.grid import Grid, Sharing, norms
-from kvtransfer.codecs.sink import has_sink, put_sink, read_sink, restore_sink
+from kvtransfer.codecs.nibbles import read_packed
+from kvtransfer.codecs.sink import put_sink, read_sink, restore_sink
 from kvtransfer.codecs.split import SplitCoder
 from kvtransfer.codecs.streams import StreamReader, StreamWriter
 
@@ -92,7 +93,7 @@ class EcsqCoder:
         num_escapes = streams.value(_U32)
         if num_escapes > box.numel:
             raise ValueError(f"{num_escapes} escapes among {box.numel} numbers")
-        pairs = streams.stream(-(-box.rows // 2) * box.columns).view(-1, box.columns)
+        pairs = read_packed(streams, box.rows, box.columns)
         escaped = streams.stream(2 * num_escapes).view(torch.int16).to(torch.int32) + _ZERO
         return restore_sink(_Steps(sharing, k, offset).grid().restore(pairs, escaped), sink)
 
@@ -135,7 +136,7 @@ def _token_steps(values: torch.Tensor, box: FieldBox) -> _Steps | None:
 
 def _sampled(values: torch.Tensor, box: FieldBox) -> torch.Tensor:
     """[layers, some entries, …] of [layers, entries, …], without a sink."""
-    return values[:, int(has_sink(box)) :: max(1, box.entries // _SAMPLED_ENTRIES)]
+    return values[:, int(box.has_sink) :: max(1, box.entries // _SAMPLED_ENTRIES)]
 
 
 def _step(k: torch.Tensor) -> torch.Tensor:

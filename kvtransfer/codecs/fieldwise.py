@@ -49,7 +49,7 @@ class FieldBox:
     width: int
     dtype: torch.dtype
     per_channel: bool  # what shares a scale: a channel over entries, or one entry's numbers of one head
-    has_sink: bool  # the first entry is the first of the sequence
+    has_sink: bool  # the first entry is the first of the sequence, and not alone
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -174,5 +174,5 @@ def _box(plane: Plane, piece: Piece, index: int) -> FieldBox | None:
         width=field.width,
         dtype=_DTYPES[field.dtype],
         per_channel=plane.scale_along == "channel",
-        has_sink=isinstance(plane.kind, Paged) and piece.entries.start == 0,
+        has_sink=isinstance(plane.kind, Paged) and piece.entries.start == 0 and len(piece.entries) > 1,
     )

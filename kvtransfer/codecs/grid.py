@@ -18,7 +18,6 @@ import torch
 from kvtransfer.codecs import loops
 from kvtransfer.codecs.loops import count_escapes, float_bits
 from kvtransfer.codecs.nibbles import ESCAPE, escape_positions, pack_pairs
-from kvtransfer.codecs.sink import has_sink
 
 if TYPE_CHECKING:
     from kvtransfer.codecs.fieldwise import FieldBox
@@ -48,7 +47,7 @@ class Sharing:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """As the loops take it. A sink is coded as if it were the entry behind it, so that it enters into no scale."""
-        return self.box.layers, self.box.entries, self.line_entries, int(has_sink(self.box))
+        return self.box.layers, self.box.entries, self.line_entries, int(self.box.has_sink)
 
     def ends(self) -> Array:
         """The column behind each span."""
@@ -75,36 +74,19 @@ class Grid:
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """The nearest of 16 codes each."""
-        box = self.sharing.box
         if values.device.type != "cpu":
             return nearest_anywhere(self, values)
-        pairs = _empty_pairs(box)
-        loops.place_nearest(
-            _rows(values, box),
-            self.sharing.shape,
-            self.low.numpy(),
-            self._per_step(),
-            self.sharing.ends(),
-            pairs,
-        )
+        pairs = _empty_pairs(self.sharing.box)
+        loops.place_nearest(*self._placing(values), pairs)
         return torch.from_numpy(pairs)
 
     def or_escapes(self, values: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Codes 0 … 14, or ESCAPE; the places of those, int32, FAR where they cannot be counted. None where they are
         more than `most`."""
-        box = self.sharing.box
         if values.device.type != "cpu":
             return or_escapes_anywhere(self, values, most)
-        pairs, room = _empty_pairs(box), np.empty(most, np.int32)
-        found = loops.place_or_escape(
-            _rows(values, box),
-            self.sharing.shape,
-            self.low.numpy(),
-            self._per_step(),
-            self.sharing.ends(),
-            pairs,
-            room,
-        )
+        pairs, room = _empty_pairs(self.sharing.box), np.empty(most, np.int32)
+        found = loops.place_or_escape(*self._placing(values), pairs, room)
         return None if found < 0 else (torch.from_numpy(pairs), torch.from_numpy(room[:found]))
 
     def restore(self, pairs: torch.Tensor, escaped: torch.Tensor | None = None) -> torch.Tensor:
@@ -130,8 +112,10 @@ class Grid:
         # Only float16 ends below what steps can reach.
         return values.clamp_(*_FLOAT16_RANGE).to(box.dtype) if box.dtype == torch.float16 else values
 
-    def _per_step(self) -> Array:
-        return self.step.reciprocal().numpy()
+    def _placing(self, values: torch.Tensor) -> tuple[Array, tuple[int, int, int, int], Array, Array, Array]:
+        """What both loops begin with."""
+        sharing, per_step = self.sharing, self.step.reciprocal()
+        return _rows(values, sharing.box), sharing.shape, self.low.numpy(), per_step.numpy(), sharing.ends()
 
 
 def nearest_anywhere(grid: Grid, values: torch.Tensor) -> torch.Tensor:
@@ -164,7 +148,7 @@ def norms(values: torch.Tensor, box: FieldBox) -> torch.Tensor:
         loops.norms(_rows(values, box), box.width, norm.view(box.rows, -1).numpy())
     else:
         norm = torch.linalg.vector_norm(values.float(), dim=-1)
-    if has_sink(box):
+    if box.has_sink:
         norm[:, 0] = norm[:, 1]
     return norm
 
@@ -195,7 +179,7 @@ def extremes_anywhere(values: torch.Tensor, sharing: Sharing) -> tuple[torch.Ten
 def _without_sink(values: torch.Tensor, box: FieldBox) -> torch.Tensor:
     """float32, in memory of its own."""
     numbers = values.to(torch.float32, copy=True)
-    if has_sink(box):
+    if box.has_sink:
         numbers[:, 0] = numbers[:, 1]
     return numbers
 

@@ -24,6 +24,7 @@ from kvtransfer.codecs.base import Fidelity
 from kvtransfer.codecs.fieldwise import FieldwiseCodec
 from kvtransfer.codecs.grid import Grid, Sharing, extremes
 from kvtransfer.codecs.grouped import Grouping
+from kvtransfer.codecs.nibbles import read_packed
 from kvtransfer.codecs.sink import put_sink, read_sink, restore_sink
 from kvtransfer.codecs.split import SplitCoder
 
@@ -61,7 +62,7 @@ class Int4Coder:
             .float()
             for _ in range(2)
         )
-        codes = streams.stream(-(-box.rows // 2) * box.columns).view(-1, box.columns)
+        codes = read_packed(streams, box.rows, box.columns)
         return restore_sink(Grid(sharing, low, scale).restore(codes), sink)
 
 

@@ -39,8 +39,12 @@ def unpack_pairs(packed: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 def read_pairs(streams: StreamReader, num_rows: int, num_columns: int) -> torch.Tensor:
     """One stream of pairs as uint8 [num_rows, num_columns]. Raises ValueError."""
-    packed = streams.stream(-(-num_rows // 2) * num_columns)
-    return unpack_pairs(packed.view(-1, num_columns), num_rows)
+    return unpack_pairs(read_packed(streams, num_rows, num_columns), num_rows)
+
+
+def read_packed(streams: StreamReader, num_rows: int, num_columns: int) -> torch.Tensor:
+    """The pairs themselves, uint8 [⌈num_rows / 2⌉, num_columns]. Raises ValueError."""
+    return streams.stream(-(-num_rows // 2) * num_columns).view(-1, num_columns)
 
 
 def escape_positions(numbers: torch.Tensor) -> torch.Tensor:

@@ -16,20 +16,15 @@ if TYPE_CHECKING:
     from kvtransfer.codecs.streams import StreamReader, StreamWriter
 
 
-def has_sink(box: FieldBox) -> bool:
-    """Whether a stream of its own holds the first entry."""
-    return box.has_sink and box.entries > 1
-
-
 def put_sink(values: torch.Tensor, box: FieldBox, out: StreamWriter) -> None:
     """Writes the first entry, if it is the sequence's, as a stream of its own."""
-    if has_sink(box):
+    if box.has_sink:
         out.put([values[:, 0]], [False])
 
 
 def read_sink(streams: StreamReader, box: FieldBox) -> torch.Tensor | None:
     """What `put_sink` wrote: [layers, heads, width], or None where this piece has none."""
-    if not has_sink(box):
+    if not box.has_sink:
         return None
     num_numbers = box.layers * box.columns
     data = streams.stream(num_numbers * box.dtype.itemsize)

@@ -30,7 +30,7 @@ import torch
 from kvtransfer.codecs import loops
 from kvtransfer.codecs.base import Fidelity
 from kvtransfer.codecs.fieldwise import FieldBox, FieldwiseCodec
-from kvtransfer.codecs.nibbles import ESCAPE, escape_positions, pack_pairs
+from kvtransfer.codecs.nibbles import ESCAPE, escape_positions, pack_pairs, read_packed
 from kvtransfer.codecs.streams import StreamReader, StreamWriter
 
 PER_LAYER, PER_CHANNEL, NO_BASE = 0, 1, 2
@@ -104,7 +104,7 @@ class SplitCoder:
             raise ValueError(f"exponents with base {base} and {num_escapes} escapes are none of split")
         num_columns = box.columns if base == PER_CHANNEL else 1
         bases = streams.stream(box.layers * num_columns).view(box.layers, num_columns).expand(-1, box.columns)
-        pairs = streams.stream(-(-box.rows // 2) * box.columns).view(-1, box.columns).numpy()
+        pairs = read_packed(streams, box.rows, box.columns).numpy()
         escaped = streams.stream(num_escapes)
         expected = loops.count_escapes(pairs, box.rows)
         if num_escapes != expected:

@@ -26,6 +26,20 @@ class CarrierFailed(Exception):
     """The carrier cannot be used, or no longer; the transfer goes on over gRPC. The message says why."""
 
 
+class Slots(Protocol):
+    """Either end's slots, as far as their number and size go."""
+
+    num_slots: int
+    slot_bytes: int
+
+
+def check_slot(slots: Slots, slot: int, num_bytes: int) -> None:
+    """Raises CarrierFailed for what is not within one of the slots."""
+    if not 0 <= slot < slots.num_slots or not 0 <= num_bytes <= slots.slot_bytes:
+        text = f"{num_bytes} bytes in slot {slot}"
+        raise CarrierFailed(f"{text}, where {slots.num_slots} slots have {slots.slot_bytes} bytes each")
+
+
 class LandingSlots(Protocol):
     """The receiver's end for one stream: `num_slots` slots of `slot_bytes` each."""
 

@@ -18,6 +18,7 @@ from kvtransfer.transports.carriers import (
     DEFAULT_NUM_SLOTS,
     DEFAULT_SLOT_BYTES,
     CarrierFailed,
+    check_slot,
 )
 from kvtransfer.transports.nixl_agent import WriteStuck, process_agent
 
@@ -120,7 +121,7 @@ class NixlSlots:
     def read(self, slot: int, num_bytes: int) -> memoryview:
         region = self._open_region()
         self._agent.note_landing()
-        _check_slot(self, slot, num_bytes)
+        check_slot(self, slot, num_bytes)
         start = slot * self.slot_bytes
         return region.array[start : start + num_bytes].data.toreadonly()
 
@@ -163,12 +164,12 @@ class NixlWriter:
             raise
 
     def buffer(self, slot: int) -> torch.Tensor:
-        _check_slot(self, slot, self.slot_bytes)
+        check_slot(self, slot, self.slot_bytes)
         start = slot * DEFAULT_SLOT_BYTES
         return torch.from_numpy(self._open_staging().array[start : start + self.slot_bytes])
 
     def flush(self, slot: int, num_bytes: int, deadline: float) -> None:
-        _check_slot(self, slot, num_bytes)
+        check_slot(self, slot, num_bytes)
         source = self._open_staging().address + slot * DEFAULT_SLOT_BYTES
         target = self._offer.address + slot * self._offer.slot_bytes
         try:
@@ -232,9 +233,3 @@ class _Offer:
         ):
             raise CarrierFailed("the offer of NIXL slots is malformed")
         return _Offer(agent, metadata, *cast("list[int]", numbers))
-
-
-def _check_slot(slots: NixlSlots | NixlWriter, slot: int, num_bytes: int) -> None:
-    if not 0 <= slot < slots.num_slots or not 0 <= num_bytes <= slots.slot_bytes:
-        text = f"{num_bytes} bytes in slot {slot}"
-        raise CarrierFailed(f"{text}, where {slots.num_slots} slots have {slots.slot_bytes} bytes each")

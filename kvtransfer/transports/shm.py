@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvtransfer.transports.carriers import CarrierFailed
+from kvtransfer.transports.carriers import CarrierFailed, check_slot
 from kvtransfer.transports.shm_segment import (
     PAGE_BYTES,
     TOKEN_BYTES,
@@ -158,7 +158,5 @@ class ShmWriter:
 
 def slot_start(slots: ShmSlots | ShmWriter, slot: int, num_bytes: int) -> int:
     """Offset of a slot in the segment. Raises CarrierFailed for what is not within one."""
-    if not 0 <= slot < slots.num_slots or not 0 <= num_bytes <= slots.slot_bytes:
-        text = f"{num_bytes} bytes in slot {slot}"
-        raise CarrierFailed(f"{text}, where {slots.num_slots} slots have {slots.slot_bytes} bytes each")
+    check_slot(slots, slot, num_bytes)
     return PAGE_BYTES + slot * slots.slot_bytes

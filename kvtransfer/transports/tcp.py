@@ -26,7 +26,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from kvtransfer.transports.carriers import CarrierFailed
+from kvtransfer.transports.carriers import CarrierFailed, check_slot
 from kvtransfer.transports.slot_memory import SlotMemory
 
 if TYPE_CHECKING:
@@ -191,10 +191,7 @@ class TcpSlots:
 
     def read(self, slot: int, num_bytes: int) -> memoryview:
         """Waits for the payload, for PATIENCE_S without any progress at most."""
-        if not 0 <= slot < self.num_slots or not 0 <= num_bytes <= self.slot_bytes:
-            raise CarrierFailed(
-                f"{num_bytes} bytes in slot {slot}, where {self.num_slots} have {self.slot_bytes} each"
-            )
+        check_slot(self, slot, num_bytes)
         since = time.monotonic()
         with self._changed:
             while slot not in self._arrived:

@@ -17,6 +17,7 @@ from kvtransfer.transports.carriers import (
     DEFAULT_NUM_SLOTS,
     DEFAULT_SLOT_BYTES,
     CarrierFailed,
+    check_slot,
 )
 from kvtransfer.transports.slot_memory import SlotMemory
 from kvtransfer.transports.tcp import HEAD, PATIENCE_S, TOKEN_BYTES
@@ -212,10 +213,7 @@ class TcpWriter:
                 self._links.staging.put_back(self._memory)
 
     def _start(self, slot: int, num_bytes: int) -> int:
-        if not 0 <= slot < self.num_slots or not 0 <= num_bytes <= self.slot_bytes:
-            raise CarrierFailed(
-                f"{num_bytes} bytes in slot {slot}, where {self.num_slots} have {self.slot_bytes} each"
-            )
+        check_slot(self, slot, num_bytes)
         return slot * DEFAULT_SLOT_BYTES
 
 

@@ -67,6 +67,17 @@ class Home:
 
 
 @pytest.fixture
+def smollm2_home(smollm2_dir: Path, tmp_path: Path) -> Iterator[Home]:
+    """With the real model; what was brought up is taken down."""
+    (tmp_path / "models").symlink_to(smollm2_dir.parent)
+    home = Home(tmp_path)
+    try:
+        yield home
+    finally:
+        home.run("down")
+
+
+@pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:
     """A home with the tiny model in it; what is up in it at the end is taken down."""
     yield from _home(tmp_path)

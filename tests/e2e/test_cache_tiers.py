@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -26,16 +24,6 @@ router: {grpc: "127.0.0.1:0"}
 BLOCK_TOKENS = 64
 
 
-@pytest.fixture
-def tiers_home(smollm2_dir: Path, tmp_path: Path) -> Iterator[Home]:
-    (tmp_path / "models").symlink_to(smollm2_dir.parent)
-    home = Home(tmp_path)
-    try:
-        yield home
-    finally:
-        home.run("down")
-
-
 def long_prompt() -> str:
     return next(prompt for prompt in sorted(real_prompts(), key=len) if len(prompt) > 2500)[:3500]
 
@@ -52,22 +40,22 @@ def num_on_disk(home: Home) -> int:
     return sum(tier["num_records"] for tier in stat["tiers"] if tier["tier"] == "disk")
 
 
-def test_after_a_restart_a_long_prompt_is_a_disk_hit(tiers_home: Home) -> None:
-    started = tiers_home.up(PROFILE)
+def test_after_a_restart_a_long_prompt_is_a_disk_hit(smollm2_home: Home) -> None:
+    started = smollm2_home.up(PROFILE)
     assert started.returncode == 0, started.stderr
-    computed = ask(tiers_home)
+    computed = ask(smollm2_home)
     assert computed.usage.fetched_tokens == 0
     num_blocks = (computed.usage.prompt_tokens - 1) // BLOCK_TOKENS
-    wait_until(lambda: num_on_disk(tiers_home) >= num_blocks, "the prompt's blocks on disk")
-    assert tiers_home.run("down").returncode == 0
+    wait_until(lambda: num_on_disk(smollm2_home) >= num_blocks, "the prompt's blocks on disk")
+    assert smollm2_home.run("down").returncode == 0
 
-    verified = tiers_home.run("cache", "verify", "--json")
+    verified = smollm2_home.run("cache", "verify", "--json")
     assert verified.returncode == 0, verified.stderr
     assert json.loads(verified.stdout)["bad"] == 0
 
-    started = tiers_home.up(PROFILE)
+    started = smollm2_home.up(PROFILE)
     assert started.returncode == 0, started.stderr
-    loaded = ask(tiers_home)
+    loaded = ask(smollm2_home)
     assert loaded.timing.fetched_from == "store"
     assert loaded.usage.fetched_tokens == num_blocks * BLOCK_TOKENS
     assert loaded.usage.computed_tokens <= BLOCK_TOKENS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,20 +26,10 @@ MOST_TOKENS = 700
 EVERY = 3  # of the real prompts
 
 
-@pytest.fixture
-def home(smollm2_dir: Path, tmp_path: Path) -> Iterator[Home]:
-    (tmp_path / "models").symlink_to(smollm2_dir.parent)
-    home = Home(tmp_path)
-    try:
-        yield home
-    finally:
-        home.run("down")
-
-
-def test_answers_equal_the_colocated_engines(home: Home, smollm2_dir: Path) -> None:
-    started = home.up(PROFILE)
+def test_answers_equal_the_colocated_engines(smollm2_home: Home, smollm2_dir: Path) -> None:
+    started = smollm2_home.up(PROFILE)
     assert started.returncode == 0, started.stderr
-    with Client(home.state().router_address) as client:
+    with Client(smollm2_home.state().router_address) as client:
         tokens = [client.tokenize(text) for text in real_prompts()[::EVERY]]
         prompts = [prompt for prompt in tokens if len(prompt) <= MOST_TOKENS]
         there = [cluster_answers(client, prompts, seeded=seeded) for seeded in (False, True)]
