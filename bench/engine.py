@@ -4,7 +4,7 @@ One process per precision, all cores, SmolLM2: tokens a second of prompts that n
 step of one answer, tokens a second of 4 and 16 answers together; seconds until it can serve, from the start of the
 process; resident memory beyond weights, cache and torch's own import. `gemm_limit_tok_s` is what prefill would be if
 it were its products alone, `stream_limit_ms` what a step would be if it were reading the weights alone, both
-measured here. Names of float32 have nothing in front, those of int8 `int8_`.
+measured here. Names of float32 have nothing in front, the others their precision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.console import Console
 from bench.report import BenchReport
 from cluster.plan import MALLOC_ENVIRONMENT
 
-PREFIXES = {"float32": "", "int8": "int8_"}
+PREFIXES = {"float32": "", "bfloat16": "bfloat16_", "int8": "int8_"}
 TIMEOUT_S = 900.0
 
 

@@ -105,7 +105,10 @@ def _limits(config: ModelConfig, precision: str) -> dict[str, float]:
 
 def _product_s(shape: tuple[int, int], precision: str) -> float:
     weight = torch.randn(shape)
-    product: Product = Int8Linear(weight) if precision == "int8" else Linear(weight)
+    if precision == "int8":
+        product: Product = Int8Linear(weight)
+    else:
+        product = Linear(weight.to(getattr(torch, precision)))
     rows = torch.randn(LIMIT_ROWS, shape[1])
     return min(_timed(lambda: product(rows)) for _ in range(3 * RUNS))
 
@@ -121,9 +124,13 @@ def _weight_bytes(config: ModelConfig, precision: str) -> int:
     """As they lie in memory; the embedding is kept beside the output head."""
     products = config.num_layers * sum(out * width for out, width in _layer_shapes(config))
     head = config.vocab_size * config.hidden_size
-    if precision == "int8":
-        return products + head + 2 * head
-    return 4 * (products + head)
+    match precision:
+        case "int8":
+            return products + head + 2 * head
+        case "bfloat16":
+            return 2 * products + 2 * head + 2 * head
+        case _:
+            return 4 * (products + head)
 
 
 def _timed(work: Callable[[], object]) -> float:

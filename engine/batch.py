@@ -54,6 +54,17 @@ class ChunkTiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive positions of one sequence: batch rows [first_row, first_row + num_tokens), positions from `start`;
+    `blocks` int64: those of its sequence, up to the last position."""
+
+    first_row: int
+    num_tokens: int
+    start: int
+    blocks: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """T tokens of a step (padding rows at the end included).
 
@@ -64,6 +75,7 @@ class StepBatch:
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
+    spans: tuple[Span, ...]
     answers: AnswerTiles | None
     chunks: tuple[ChunkTiles, ...]
     logit_rows: torch.Tensor
@@ -71,7 +83,8 @@ class StepBatch:
 
 
 class BatchBuilder:
-    """Turns plans into batches for one cache: its block size, its padding block, its device."""
+    """Turns plans into batches for one cache: its block size, its padding block, its device. with_tiles: whether
+    attention wants tiles, else spans are enough."""
 
     def __init__(
         self,
@@ -79,6 +92,7 @@ class BatchBuilder:
         block_tokens: int,
         padding_block: int,
         device: torch.device,
+        with_tiles: bool = True,
     ) -> None:
         if TILE_TOKENS % block_tokens:
             raise ValueError(f"blocks of {block_tokens} tokens do not fill a tile of {TILE_TOKENS}")
@@ -87,6 +101,7 @@ class BatchBuilder:
         self._padding_block = padding_block
         self._tile_blocks = TILE_TOKENS // block_tokens
         self._device = device
+        self._with_tiles = with_tiles
 
     def build(self, plan: StepPlan) -> StepBatch:
         """The batch of a plan that has rows."""
@@ -100,18 +115,23 @@ class BatchBuilder:
         if logit_rows:
             logit_rows += [logit_rows[-1]] * (MIN_ROWS - len(logit_rows))
         token_ids, positions, slots = self._token_arrays(rows)
+        placed = [(row, int(end) - row.num_tokens) for row, end in zip(rows, ends, strict=True)]
+        in_tiles = placed if self._with_tiles else []
         return StepBatch(
             token_ids=self._tensor(token_ids),
             positions=self._tensor(positions),
             slots=self._tensor(slots),
-            answers=self._answer_tiles(answers) if answers else None,
-            chunks=tuple(
-                self._chunk_tiles(row, int(end) - row.num_tokens)
-                for row, end in zip(chunks, ends[len(answers) :], strict=True)
-            ),
+            spans=tuple(self._span(row, first_row) for row, first_row in placed),
+            answers=self._answer_tiles(answers) if answers and in_tiles else None,
+            chunks=tuple(self._chunk_tiles(row, first_row) for row, first_row in in_tiles[len(answers) :]),
             logit_rows=self._tensor(np.asarray(logit_rows, dtype=np.int64)),
             drawing=drawing,
         )
+
+    def _span(self, row: StepRow, first_row: int) -> Span:
+        count = -(-(row.start + row.num_tokens) // self._block_tokens)
+        blocks = np.asarray(self._blocks_of(owner_of(row.sequence))[:count])
+        return Span(first_row, row.num_tokens, row.start, blocks)
 
     def _token_arrays(self, rows: list[StepRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         token_ids: list[int] = []

@@ -11,9 +11,8 @@ from collections.abc import Sequence as Rows
 
 import numpy as np
 
-from engine.batch import TILE_TOKENS
 from engine.request import SamplingParams, Sequence
-from engine.runner import ModelRunner
+from engine.runner import PROBE_TOKENS, ModelRunner
 from engine.scheduler import StepPlan, StepRow, owner_of
 from kvtransfer.layouts import pieces_for
 
@@ -23,7 +22,7 @@ _WHOLE, _CUT, _BESIDE = b"probe-whole", b"probe-cut", b"probe-beside"
 def is_invariant(runner: ModelRunner) -> bool:
     """True where the same sequence gave the same bits both ways. Leaves the pool as it found it."""
     room_tokens = min(runner.max_context - 1, (runner.pool.num_blocks - 1) * runner.pool.block_tokens)
-    num_tokens = min(TILE_TOKENS + 24, room_tokens)
+    num_tokens = min(PROBE_TOKENS, room_tokens)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, runner.config.vocab_size, num_tokens).tolist()
     whole = _run(runner, _WHOLE, tokens, [num_tokens])

@@ -13,17 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.batch import BatchBuilder, StepBatch
+from engine.batch import TILE_TOKENS, BatchBuilder, StepBatch
 from engine.cache import PagedCache
 from engine.models.config import ModelConfig
 from engine.models.dense import DenseDecoder, cache_layout
+from engine.models.packed import PackedDecoder, runs_packed
 from engine.pool import BlockPool
 from engine.scheduler import StepPlan
-from engine.weights import open_weights
+from engine.weights import Weights, open_weights
 
 BLOCK_TOKENS = 64
 """Of a block in memory and of a key block (design §4). The engine has no other size; a cache at the other end of a
 transfer may (kvtransfer/recut.py), since pieces travel by entry."""
+PROBE_TOKENS = TILE_TOKENS + 24  # of the longest step that is computed at start (engine/probe.py)
 PRECISIONS = ("float32", "bfloat16", "int8")
 
 
@@ -87,10 +89,27 @@ class ModelRunner:
             )
         self.pool = BlockPool(num_blocks, BLOCK_TOKENS, options.tenant_share)
         self.cache = PagedCache(self.layout, num_blocks, self.device, self.pool.blocks)
-        self._builder = BatchBuilder(self.pool.blocks, BLOCK_TOKENS, self.cache.padding_block, self.device)
-        weights = open_weights(model_dir, self.config)
-        self._model = DenseDecoder(
-            self.config, weights, self.precision, self.max_context, BLOCK_TOKENS, self.device
+        self._model = self._open_model(open_weights(model_dir, self.config), options)
+        with_tiles = isinstance(self._model, DenseDecoder)
+        self._builder = BatchBuilder(
+            self.pool.blocks, BLOCK_TOKENS, self.cache.padding_block, self.device, with_tiles
+        )
+
+    def _open_model(self, weights: Weights, options: EngineOptions) -> PackedDecoder | DenseDecoder:
+        kv_dtype = self.layout.plane("k").fields[0].dtype
+        if not runs_packed(self.config, self.precision, kv_dtype, self.device):
+            return DenseDecoder(
+                self.config, weights, self.precision, self.max_context, BLOCK_TOKENS, self.device
+            )
+        max_rows = max(options.chunk_tokens + options.max_sequences, PROBE_TOKENS + 1)
+        return PackedDecoder(
+            self.config,
+            weights,
+            self.precision,
+            self.max_context,
+            self.cache,
+            max_rows,
+            options.num_threads,
         )
 
     @property
@@ -98,6 +117,8 @@ class ModelRunner:
         """What two workers must share for equal bits: precision, kernels, instruction set."""
         isa = os.environ.get("ONEDNN_MAX_CPU_ISA", torch.backends.cpu.get_cpu_capability())
         kernels = "onednn" if torch.backends.mkldnn.is_available() else "native"
+        if isinstance(self._model, PackedDecoder):
+            kernels = self._model.kernels
         place = isa if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         return f"{self.precision}/torch-{torch.__version__}/{kernels}/{place}"
 

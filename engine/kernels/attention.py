@@ -1,0 +1,361 @@
+"""Attention of some positions against one head of a paged cache in bfloat16, by tiles.
+
+A unit is up to BLOCK positions of a sequence with the queries of one group. Keys come in blocks of 64 at
+absolute positions, each row of queries keeps its maximum, its sum and its output (online softmax: Milakov and
+Gimelshein, arXiv:1805.02867; Flash attention, Dao et al., arXiv:2205.14135) and takes the blocks in ascending order. A
+row never sees another: a tile's rows are independent, and a block that is masked as a whole adds exactly nothing. So a
+position alone, in a chunk or in a batch gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.kernels.lanes import (
+    bfloat16,
+    exp_of_negative,
+    fma,
+    high_half,
+    kernel,
+    lanes_from,
+    larger,
+    largest,
+    load,
+    low_half,
+    pairs,
+    splat,
+    store,
+    total,
+    transpose,
+    where_at_most,
+)
+from engine.kernels.tiles import add_product_of_bfloat16, clear, fetch, put
+from kvtransfer.compiled import Array
+
+KEYS = 64  # of a block
+MASKED = np.float32(-1e30)  # finite: a row that a block masks as a whole then weighs exactly 0 instead of NaN
+
+
+class AttentionScratch(NamedTuple):
+    """One thread's. With R rows, BLOCK · group rounded up to 16, and head size D: queries uint16 [R · D];
+    keys, values uint16 [KEYS · D], packed for tiles; scores float32 [R · KEYS]; weights uint16 [R · KEYS];
+    output float32 [R · D], sums float32 [R · 16], peaks float32 [R]."""
+
+    queries: Array
+    keys: Array
+    values: Array
+    scores: Array
+    weights: Array
+    output: Array
+    sums: Array
+    peaks: Array
+
+
+@kernel
+def attend(
+    queries: Array,
+    first_row: int,
+    num_tokens: int,
+    num_heads: int,
+    first_head: int,
+    group: int,
+    size: int,
+    keys: Array,
+    values: Array,
+    plane_at: int,
+    table: Array,
+    table_at: int,
+    start: int,
+    out: Array,
+    stride: int,
+    scratch: AttentionScratch,
+    in_tiles: bool,
+) -> None:
+    """Rows [first_row, first_row + num_tokens) of queries, bfloat16 [rows, num_heads, size], at positions from `start`
+    on, of the heads from `first_head` on, against the blocks of `table`; writes `out`, float32, the heads
+    side by side and `stride` numbers from row to row.
+
+    keys, values: uint16; a block's begins at plane_at + its number · KEYS · size.
+    """
+    num_rows = -(-num_tokens * group // 16) * 16
+    for token in range(num_tokens):
+        source = ((first_row + token) * num_heads + first_head) * size
+        target = token * group * size
+        for i in range(0, group * size, 32):
+            store(
+                scratch.queries.view(np.int32),
+                (target + i) // 2,
+                load(queries.view(np.int32), (source + i) // 2),
+            )
+    zero = splat(np.float32(0))
+    for i in range(0, num_rows * size, 16):
+        store(scratch.output, i, zero)
+    for i in range(0, num_rows * 16, 16):
+        store(scratch.sums, i, zero)
+    for i in range(0, num_rows, 16):
+        store(scratch.peaks, i, splat(MASKED))
+    for block in range((start + num_tokens - 1) // KEYS + 1):
+        at = plane_at + np.int64(table[table_at + block]) * KEYS * size
+        _pack_keys(keys, at, size, scratch.keys)
+        _pack_values(values, at, size, scratch.values)
+        ahead = block * KEYS - start  # the first token of the unit that sees the block's first key
+        first = max(0, ahead * group) // 32 * 32
+        if in_tiles:
+            _add_block_in_tiles(scratch, first, num_rows, num_tokens * group, group, size, -ahead)
+        else:
+            _add_block_in_lanes(scratch, first, num_tokens * group, group, size, -ahead)
+    for row in range(num_tokens * group):
+        token = row // group
+        target = (first_row + token) * stride + (first_head + row - token * group) * size
+        inverse = splat(np.float32(1) / total(load(scratch.sums, row * 16)))
+        for i in range(0, size, 16):
+            store(out, target + i, load(scratch.output, row * size + i) * inverse)
+
+
+@kernel
+def _pack_keys(keys: Array, at: int, size: int, packed: Array) -> None:
+    """[KEYS, size] into tiles of 16 keys and 32 numbers each, of pairs of numbers one row: what a product with the
+    queries takes."""
+    words, target, to = keys.view(np.int32), packed.view(np.int32), 0
+    for key in range(0, KEYS, 16):
+        for i in range(0, size, 32):
+            transpose(words, (at + key * size + i) // 2, size // 2, target, to)
+            to += 256
+
+
+@kernel
+def _pack_values(values: Array, at: int, size: int, packed: Array) -> None:
+    """[KEYS, size] into tiles of 32 keys and 16 numbers each, of pairs of keys one row."""
+    target, to = packed.view(np.int32), 0
+    for half in range(0, KEYS, 32):
+        for i in range(0, size, 16):
+            for key in range(half, half + 32, 2):
+                here = at + key * size + i
+                store(target, to, pairs(values, here, here + size))
+                to += 16
+
+
+@kernel
+def _add_block_in_tiles(
+    scratch: AttentionScratch, first: int, num_rows: int, num_used: int, group: int, size: int, behind: int
+) -> None:
+    """The block in scratch to the rows from `first` on. What a tile wrote can't be read at once, nor the other way
+    round: tiles work on the rows before and after."""
+    _score(scratch.queries, first, num_rows, size, scratch.keys, scratch.scores)
+    for row in range(first, num_rows, 32):
+        if row + 32 < num_rows:
+            _score(scratch.queries, row + 32, num_rows, size, scratch.keys, scratch.scores)
+        if row > first:
+            _add_values(scratch, row - 32, num_rows, size)
+        _weigh(scratch, row, min(32, num_used - row), group, size, behind, True)
+    _add_values(scratch, (num_rows - 1) // 32 * 32, num_rows, size)
+
+
+@kernel
+def _add_block_in_lanes(
+    scratch: AttentionScratch, first: int, num_used: int, group: int, size: int, behind: int
+) -> None:
+    """The same on a processor without tiles; weights stay float32, in the place of the scores."""
+    for row in range(first, num_used, 4):
+        _score_in_lanes(scratch.queries, row, size, scratch.keys.view(np.int32), scratch.scores)
+        _weigh(scratch, row, min(4, num_used - row), group, size, behind, False)
+        _add_values_in_lanes(scratch.scores, row, size, scratch.values.view(np.int32), scratch.output)
+
+
+@kernel
+def _score(queries: Array, row: int, num_rows: int, size: int, keys: Array, scores: Array) -> None:
+    """Of 32 rows, or of the last 16."""
+    at, tile = row * KEYS, size * 16  # elements from 16 keys to the next
+    for key in range(0, KEYS, 32):
+        here = key // 16 * tile
+        clear(0)
+        clear(1)
+        if row + 16 < num_rows:
+            clear(2)
+            clear(3)
+            for i in range(0, size, 32):
+                fetch(4, queries, row * size + i, size * 2)
+                fetch(5, queries, (row + 16) * size + i, size * 2)
+                fetch(6, keys, here + i * 16, 64)
+                fetch(7, keys, here + tile + i * 16, 64)
+                add_product_of_bfloat16(0, 4, 6)
+                add_product_of_bfloat16(1, 4, 7)
+                add_product_of_bfloat16(2, 5, 6)
+                add_product_of_bfloat16(3, 5, 7)
+            put(2, scores, at + 16 * KEYS + key, 4 * KEYS)
+            put(3, scores, at + 16 * KEYS + key + 16, 4 * KEYS)
+        else:
+            for i in range(0, size, 32):
+                fetch(4, queries, row * size + i, size * 2)
+                fetch(6, keys, here + i * 16, 64)
+                fetch(7, keys, here + tile + i * 16, 64)
+                add_product_of_bfloat16(0, 4, 6)
+                add_product_of_bfloat16(1, 4, 7)
+        put(0, scores, at + key, 4 * KEYS)
+        put(1, scores, at + key + 16, 4 * KEYS)
+
+
+@kernel
+def _weigh(
+    scratch: AttentionScratch, row: int, count: int, group: int, size: int, behind: int, in_tiles: bool
+) -> None:
+    """Scores of `count` rows into weights; brings what their outputs hold under the new maximum. behind: how far the
+    unit's first token is behind the block's first key."""
+    masked = splat(MASKED)
+    masks = behind + row // group < KEYS - 1
+    for i in range(count):
+        at = (row + i) * KEYS
+        a, b = load(scratch.scores, at), load(scratch.scores, at + 16)
+        c, d = load(scratch.scores, at + 32), load(scratch.scores, at + 48)
+        if masks:
+            limit = splat(
+                np.int32(behind + (row + i) // group)
+            )  # the last key of the block that the row sees
+            a = where_at_most(lanes_from(np.int32(0)), limit, a, masked)
+            b = where_at_most(lanes_from(np.int32(16)), limit, b, masked)
+            c = where_at_most(lanes_from(np.int32(32)), limit, c, masked)
+            d = where_at_most(lanes_from(np.int32(48)), limit, d, masked)
+        old = scratch.peaks[row + i]
+        peak = max(largest(larger(larger(a, b), larger(c, d))), old)
+        top = splat(peak)
+        a, b, c, d = (
+            exp_of_negative(a - top),
+            exp_of_negative(b - top),
+            exp_of_negative(c - top),
+            exp_of_negative(d - top),
+        )
+        sums = (a + b) + (c + d)
+        if peak == old:
+            sums = load(scratch.sums, (row + i) * 16) + sums
+        else:
+            scratch.peaks[row + i] = peak
+            factor = exp_of_negative(splat(old - peak))
+            sums = load(scratch.sums, (row + i) * 16) * factor + sums
+            for k in range((row + i) * size, (row + i + 1) * size, 16):
+                store(scratch.output, k, load(scratch.output, k) * factor)
+        store(scratch.sums, (row + i) * 16, sums)
+        if in_tiles:
+            store(scratch.weights, at, a)
+            store(scratch.weights, at + 16, b)
+            store(scratch.weights, at + 32, c)
+            store(scratch.weights, at + 48, d)
+        else:
+            store(scratch.scores, at, a)
+            store(scratch.scores, at + 16, b)
+            store(scratch.scores, at + 32, c)
+            store(scratch.scores, at + 48, d)
+
+
+@kernel
+def _add_values(scratch: AttentionScratch, row: int, num_rows: int, size: int) -> None:
+    """To the outputs of 32 rows, or of the last 16."""
+    for first in range(0, size, 32):
+        at = row * size + first
+        fetch(0, scratch.output, at, size * 4)
+        fetch(1, scratch.output, at + 16, size * 4)
+        if row + 16 < num_rows:
+            other = at + 16 * size
+            fetch(2, scratch.output, other, size * 4)
+            fetch(3, scratch.output, other + 16, size * 4)
+            for key in range(0, KEYS, 32):
+                tile = key * size + first * 32
+                fetch(4, scratch.weights, row * KEYS + key, KEYS * 2)
+                fetch(5, scratch.weights, (row + 16) * KEYS + key, KEYS * 2)
+                fetch(6, scratch.values, tile, 64)
+                fetch(7, scratch.values, tile + 512, 64)
+                add_product_of_bfloat16(0, 4, 6)
+                add_product_of_bfloat16(1, 4, 7)
+                add_product_of_bfloat16(2, 5, 6)
+                add_product_of_bfloat16(3, 5, 7)
+            put(2, scratch.output, other, size * 4)
+            put(3, scratch.output, other + 16, size * 4)
+        else:
+            for key in range(0, KEYS, 32):
+                tile = key * size + first * 32
+                fetch(4, scratch.weights, row * KEYS + key, KEYS * 2)
+                fetch(6, scratch.values, tile, 64)
+                fetch(7, scratch.values, tile + 512, 64)
+                add_product_of_bfloat16(0, 4, 6)
+                add_product_of_bfloat16(1, 4, 7)
+        put(0, scratch.output, at, size * 4)
+        put(1, scratch.output, at + 16, size * 4)
+
+
+@kernel
+def _score_in_lanes(queries: Array, row: int, size: int, keys: Array, scores: Array) -> None:
+    """Of 4 rows. keys: as packed, two numbers of a key in each int32."""
+    zero = splat(np.float32(0))
+    q0, q1, q2, q3 = row * size, (row + 1) * size, (row + 2) * size, (row + 3) * size
+    for key in range(0, KEYS, 32):
+        here, other = key * size // 2, (key + 16) * size // 2
+        a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
+        for i in range(0, size, 2):
+            x0, x1, x2, x3 = (
+                splat(bfloat16(queries[q0 + i])),
+                splat(bfloat16(queries[q1 + i])),
+                splat(bfloat16(queries[q2 + i])),
+                splat(bfloat16(queries[q3 + i])),
+            )
+            y0, y1, y2, y3 = (
+                splat(bfloat16(queries[q0 + i + 1])),
+                splat(bfloat16(queries[q1 + i + 1])),
+                splat(bfloat16(queries[q2 + i + 1])),
+                splat(bfloat16(queries[q3 + i + 1])),
+            )
+            pair = load(keys, here + i * 8)
+            low, high = low_half(pair), high_half(pair)
+            a0, a1 = fma(y0, high, fma(x0, low, a0)), fma(y1, high, fma(x1, low, a1))
+            a2, a3 = fma(y2, high, fma(x2, low, a2)), fma(y3, high, fma(x3, low, a3))
+            pair = load(keys, other + i * 8)
+            low, high = low_half(pair), high_half(pair)
+            b0, b1 = fma(y0, high, fma(x0, low, b0)), fma(y1, high, fma(x1, low, b1))
+            b2, b3 = fma(y2, high, fma(x2, low, b2)), fma(y3, high, fma(x3, low, b3))
+        _store_rows(scores, row * KEYS + key, KEYS, a0, a1, a2, a3)
+        _store_rows(scores, row * KEYS + key + 16, KEYS, b0, b1, b2, b3)
+
+
+@kernel
+def _add_values_in_lanes(weights: Array, row: int, size: int, values: Array, output: Array) -> None:
+    """To the outputs of 4 rows. values: as packed, the same number of two keys in each int32."""
+    w0, w1, w2, w3 = row * KEYS, (row + 1) * KEYS, (row + 2) * KEYS, (row + 3) * KEYS
+    for first in range(0, size, 32):
+        at = row * size + first
+        a0, a1 = load(output, at), load(output, at + size)
+        a2, a3 = load(output, at + 2 * size), load(output, at + 3 * size)
+        b0, b1 = load(output, at + 16), load(output, at + size + 16)
+        b2, b3 = load(output, at + 2 * size + 16), load(output, at + 3 * size + 16)
+        for key in range(0, KEYS, 2):
+            # Tiles of 32 keys, in them tiles of 16 numbers, in them a row for each pair of keys.
+            here = key // 32 * 16 * size + first * 16 + key % 32 * 8
+            x0, x1, x2, x3 = (
+                splat(weights[w0 + key]),
+                splat(weights[w1 + key]),
+                splat(weights[w2 + key]),
+                splat(weights[w3 + key]),
+            )
+            y0, y1, y2, y3 = (
+                splat(weights[w0 + key + 1]),
+                splat(weights[w1 + key + 1]),
+                splat(weights[w2 + key + 1]),
+                splat(weights[w3 + key + 1]),
+            )
+            pair = load(values, here)
+            low, high = low_half(pair), high_half(pair)
+            a0, a1 = fma(y0, high, fma(x0, low, a0)), fma(y1, high, fma(x1, low, a1))
+            a2, a3 = fma(y2, high, fma(x2, low, a2)), fma(y3, high, fma(x3, low, a3))
+            pair = load(values, here + 256)
+            low, high = low_half(pair), high_half(pair)
+            b0, b1 = fma(y0, high, fma(x0, low, b0)), fma(y1, high, fma(x1, low, b1))
+            b2, b3 = fma(y2, high, fma(x2, low, b2)), fma(y3, high, fma(x3, low, b3))
+        _store_rows(output, at, size, a0, a1, a2, a3)
+        _store_rows(output, at + 16, size, b0, b1, b2, b3)
+
+
+@kernel
+def _store_rows(target: Array, at: int, stride: int, a: Array, b: Array, c: Array, d: Array) -> None:
+    store(target, at, a)
+    store(target, at + stride, b)
+    store(target, at + 2 * stride, c)
+    store(target, at + 3 * stride, d)

@@ -1,0 +1,281 @@
+"""Dense decoders in compiled kernels, for processors that multiply bytes or bfloat16: the model of
+engine/models/dense.py, a step in a few calls instead of a thousand tensor operations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from engine.batch import StepBatch
+from engine.cache import PagedCache
+from engine.kernels.attention import KEYS
+from engine.kernels.decoder import (
+    Memory,
+    Model,
+    Norms,
+    Products,
+    Rows,
+    Shape,
+    Step,
+    run_head,
+    run_layers,
+)
+from engine.kernels.lanes import HAS_BYTE_PRODUCTS
+from engine.kernels.products import (
+    ADD,
+    BFLOAT16,
+    BLOCK,
+    BYTES_IN_LANES,
+    BYTES_IN_TILES,
+    GATE,
+    REPLACE,
+    Packed,
+    pack,
+)
+from engine.kernels.rows import MIXED, rotate
+from engine.kernels.tiles import FULL_TILES, HAS_TILES
+from engine.models.config import ModelConfig
+from engine.rope import rope_tables
+from engine.weights import Weights
+
+LAYERS_AT_ONCE = 5  # between which the step can be told of
+_INT8_MAX = 127
+_SMALLEST_SCALE = 1e-30  # of an output whose weights are all 0
+
+
+def runs_packed(config: ModelConfig, precision: str, kv_dtype: str, device: torch.device) -> bool:
+    """Whether this machine has kernels for the model."""
+    widths = (config.hidden_size, config.intermediate_size, config.head_dim)
+    has_products = HAS_BYTE_PRODUCTS if precision == "int8" else precision == "bfloat16" and may_use_tiles()
+    return (
+        device.type == "cpu"
+        and has_products
+        and kv_dtype == "bfloat16"
+        and all(width % MIXED == 0 for width in widths)
+    )
+
+
+def may_use_tiles() -> bool:
+    """Whether the processor has tiles and `ONEDNN_MAX_CPU_ISA`, which is heeded here too, does not exclude them."""
+    return HAS_TILES and "AMX" in os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX")
+
+
+class PackedDecoder:
+    """The whole model: token ids in, logits of the rows that draw out. Steps have at most `max_rows` rows."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        precision: str,
+        max_context: int,
+        cache: PagedCache,
+        max_rows: int,
+        num_threads: int,
+    ) -> None:
+        self._config = config
+        self._num_threads = num_threads
+        self._of_bytes = precision == "int8"
+        names = [f"model.layers.{index}" for index in range(config.num_layers)]
+        self._embedding = weights.get("model.embed_tokens.weight").to(torch.bfloat16, copy=True)
+        of_bytes = BYTES_IN_TILES if may_use_tiles() else BYTES_IN_LANES
+        kind = of_bytes if self._of_bytes else BFLOAT16
+        shape = Shape(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            cache.planes["k"].shape[2],
+            kind,
+            may_use_tiles(),
+            config.qk_norm,
+            config.rms_norm_eps,
+        )
+        qkv = [[f"{n}.self_attn.{part}_proj" for part in "qkv"] for n in names]
+        gate_up = [[f"{n}.mlp.gate_proj", f"{n}.mlp.up_proj"] for n in names]
+        products = Products(
+            self._load(weights, qkv, REPLACE, config.qkv_bias),
+            self._load(weights, [[f"{n}.self_attn.o_proj"] for n in names], ADD, config.o_bias),
+            self._load(weights, gate_up, GATE),
+            self._load(weights, [[f"{n}.mlp.down_proj"] for n in names], ADD),
+        )
+        head = self._load(
+            weights, [["model.embed_tokens" if config.tie_word_embeddings else "lm_head"]], REPLACE
+        )
+        cos, sin = rope_tables(config, max_context)
+        half = cos.shape[-1] // 2
+        signed_sin = torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
+        norms = self._load_norms(weights, names)
+        self._model = Model(shape, norms, products, head, _flat(cos), _flat(signed_sin))
+        self._keys, self._values = (
+            cache.planes[name].view(torch.uint16).numpy().reshape(-1) for name in ("k", "v")
+        )
+        self._rows = self._make_rows(-(-max_rows // BLOCK) * BLOCK)
+        self._x = torch.from_numpy(self._rows.x).view(-1, config.hidden_size)
+        self._memory = self._make_memory()
+
+    @property
+    def kernels(self) -> str:
+        """What the bits depend on besides the processor's vectors."""
+        return "tiles" if may_use_tiles() else "lanes"
+
+    def forward(
+        self, batch: StepBatch, cache: PagedCache, after_layer: Callable[[int], None]
+    ) -> torch.Tensor | None:
+        """Logits [R, vocabulary] float32 of `batch.logit_rows`; None where no row draws.
+
+        `after_layer(n)` is called when the cache holds the step's keys and values of the first n layers.
+        """
+        num_rows = len(batch.token_ids)
+        self._x[:num_rows] = self._embedding[batch.token_ids]
+        step = self._step(batch)
+        num_layers = self._config.num_layers
+        for first in range(0, num_layers, LAYERS_AT_ONCE):
+            end = min(first + LAYERS_AT_ONCE, num_layers)
+            run_layers(first, end, self._model, self._rows, step, self._memory, self._num_threads)
+            after_layer(end)
+        if not batch.drawing:
+            return None
+        drawing = batch.logit_rows.numpy()[: len(batch.drawing)]
+        logits = torch.empty(len(drawing), self._model.head.num_outputs)
+        run_head(self._model, self._rows, self._memory, drawing, logits.view(-1).numpy(), self._num_threads)
+        return logits[:, : self._config.vocab_size]
+
+    def _step(self, batch: StepBatch) -> Step:
+        num_rows, heads = len(batch.token_ids), range(self._config.num_kv_heads)
+        units, table_at = [], 0
+        for span in batch.spans:
+            row, end = span.first_row, span.first_row + span.num_tokens
+            while row < end:
+                stop = min(end, (row // BLOCK + 1) * BLOCK)
+                position = span.start + row - span.first_row
+                units += [(row, stop - row, position, table_at, head, 0) for head in heads]
+                row = stop
+            table_at += len(span.blocks)
+        numbers = np.asarray(units, np.int32)
+        shares = num_rows < 2 * BLOCK * self._num_threads
+        owners = np.arange(len(units)) if shares else numbers[:, 0] // BLOCK
+        numbers[:, 5] = owners % self._num_threads
+        numbers = numbers[
+            np.argsort(numbers[:, 4], kind="stable")
+        ]  # a head's keys stay near for all that read them
+        return Step(
+            num_rows,
+            batch.positions.numpy(),
+            batch.slots.numpy(),
+            numbers.reshape(-1),
+            np.concatenate([span.blocks for span in batch.spans]).astype(np.int32),
+            self._keys,
+            self._values,
+        )
+
+    def _load_norms(self, weights: Weights, names: list[str]) -> Norms:
+        def stacked(part: str) -> np.ndarray:
+            return _flat(torch.stack([weights.get(f"{name}.{part}.weight").float() for name in names]))
+
+        none = np.zeros(0, np.float32)
+        has = self._config.qk_norm
+        return Norms(
+            stacked("input_layernorm"),
+            stacked("post_attention_layernorm"),
+            _flat(weights.get("model.norm.weight").float()),
+            stacked("self_attn.q_norm") if has else none,
+            stacked("self_attn.k_norm") if has else none,
+        )
+
+    def _load(self, weights: Weights, names: list[list[str]], ends: int, has_bias: bool = False) -> Packed:
+        """One product per entry of `names`, of the rows of all names in it; for GATE 16 of one and 16 of the
+        other take turns."""
+        encoded, biases = [], []
+        for parts in names:
+            weight = weights.fused([f"{part}.weight" for part in parts], torch.float32)
+            missing = -len(weight) % BLOCK
+            if has_bias:
+                bias = weights.fused([f"{part}.bias" for part in parts], torch.float32)
+                biases.append(torch.nn.functional.pad(bias, (0, missing)))
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+            if ends == GATE:
+                weight = weight.view(2, -1, 16, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+            encoded.append(self._encode(weight))
+        codes, scales, starts = (_joined(arrays) for arrays in zip(*encoded, strict=True))
+        bias = _flat(torch.cat(biases)) if biases else np.zeros(0, np.float32)
+        if biases and not self._of_bytes:
+            starts = bias.view(np.int32)
+        outputs, inputs = weight.shape
+        width = inputs if self._of_bytes else 2 * inputs
+        return Packed(codes, scales, starts, bias, width, outputs, ends)
+
+    def _encode(self, weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        outputs = len(weight)
+        if not self._of_bytes:
+            rows = weight.to(torch.bfloat16).view(torch.uint16).numpy()
+            return pack(rows), np.zeros(outputs, np.float32), np.zeros(outputs, np.int32)
+        rotated = np.empty_like(weight.numpy())
+        rotate(weight.reshape(-1).numpy(), 0, weight.numel(), rotated.reshape(-1), 0)
+        scale = np.maximum(np.abs(rotated).max(1) / _INT8_MAX, _SMALLEST_SCALE).astype(np.float32)
+        codes = np.rint(rotated / scale[:, None]).astype(np.int8)
+        starts = -128 * codes.sum(1, dtype=np.int32)
+        return pack(codes), (scale / MIXED).astype(np.float32), starts  # both sides are √MIXED times as large
+
+    def _make_rows(self, max_rows: int) -> Rows:
+        config = self._config
+        widest_input = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+        widest = max(self._model.products.qkv.num_outputs, widest_input)
+        room = widest_input * (1 if self._of_bytes else 2)
+        stride = (widest + 16) // 32 * 32 + 16  # an odd number of cache lines: columns of rows share no set
+        codes = _zeros(max_rows * room, np.uint8)
+        return Rows(
+            stride,
+            room,
+            _zeros(max_rows * config.hidden_size, np.float32),
+            _zeros(max_rows * stride, np.float32),
+            _zeros(max_rows * config.num_heads * config.head_dim, np.uint16),
+            codes,
+            codes.view(np.uint16),
+            _zeros(max_rows, np.float32),
+        )
+
+    def _make_memory(self) -> Memory:
+        config, threads = self._config, self._num_threads
+        size = config.head_dim
+        rows = -(-BLOCK * (config.num_heads // config.num_kv_heads) // 16) * 16
+        sums = _zeros((threads, 2 * BLOCK * BLOCK), np.int32)
+        widest = max(config.hidden_size, config.intermediate_size, config.num_heads * size)
+        return Memory(
+            _zeros((threads, widest), np.float32),
+            _zeros((threads, widest), np.float32),
+            sums,
+            sums.view(np.float32),
+            _zeros((threads, rows * size), np.uint16),
+            _zeros((threads, KEYS * size), np.uint16),
+            _zeros((threads, KEYS * size), np.uint16),
+            _zeros((threads, rows * KEYS), np.float32),
+            _zeros((threads, rows * KEYS), np.uint16),
+            _zeros((threads, rows * size), np.float32),
+            _zeros((threads, rows * 16), np.float32),
+            _zeros((threads, rows), np.float32),
+            FULL_TILES,
+        )
+
+
+def _zeros(shape: int | tuple[int, ...], dtype: type) -> np.ndarray:
+    """Rows of tiles and vectors that begin where a cache line does are read in one access instead of two."""
+    num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(num_bytes + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first : first + num_bytes].view(dtype).reshape(shape)
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    whole = _zeros(sum(map(len, arrays)), arrays[0].dtype)
+    return np.concatenate(arrays, out=whole)
+
+
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    flat = _zeros(tensor.numel(), np.float32)
+    flat[:] = tensor.float().reshape(-1).numpy()
+    return flat
