@@ -40,7 +40,7 @@ down: $(STAMP)  ## stop what `make up` started
 
 test: model  ## lint and the tests that fit in about ten minutes on two cores
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest -n 2 -m '(unit or integration) and not slow'
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m '(unit or integration) and not slow'
 	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow'
 
 test-all: model  ## also the long ones

@@ -19,7 +19,7 @@ from engine.kernels.team import barrier, in_team, team_size, thread_index
 from engine.kernels.tiles import configure, release
 from kvtransfer.compiled import Array
 
-UNIT = 6  # int32 of a unit of attention
+UNIT = 5  # int32 of a unit of attention
 
 
 class Shape(NamedTuple):
@@ -83,9 +83,9 @@ class Rows(NamedTuple):
 
 
 class Step(NamedTuple):
-    """`positions`, `slots` int64 of each row. A unit of attention, none across a multiple of BLOCK rows, is six int32:
-    first row, number of tokens, first position, where in `table` the blocks of its sequence begin, head, and the
-    thread that it belongs to where rows do. keys, values: uint16, flat, [layers, heads, slots, head size]."""
+    """`positions`, `slots` int64 of each row. A unit of attention, none across a multiple of BLOCK rows, is five int32:
+    first row, number of tokens, first position, where in `table` the blocks of its sequence begin, and head. keys,
+    values: uint16, flat, [layers, heads, slots, head size]."""
 
     num_rows: int
     positions: Array
@@ -352,7 +352,8 @@ def _attend(layer: int, shape: Shape, rows: Rows, step: Step, mine: Mine) -> Non
     group = shape.num_heads // shape.num_kv_heads
     for unit in range(len(step.units) // UNIT):
         at = unit * UNIT
-        if step.units[at + 5] != mine.index:
+        owner = unit if mine.shares else step.units[at] // BLOCK
+        if owner % mine.num_threads != mine.index:
             continue
         head = step.units[at + 4]
         attend(

@@ -146,28 +146,23 @@ class PackedDecoder:
         return logits[:, : self._config.vocab_size]
 
     def _step(self, batch: StepBatch) -> Step:
-        num_rows, heads = len(batch.token_ids), range(self._config.num_kv_heads)
         units, table_at = [], 0
         for span in batch.spans:
             row, end = span.first_row, span.first_row + span.num_tokens
             while row < end:
                 stop = min(end, (row // BLOCK + 1) * BLOCK)
                 position = span.start + row - span.first_row
-                units += [(row, stop - row, position, table_at, head, 0) for head in heads]
+                units += [
+                    (row, stop - row, position, table_at, head) for head in range(self._config.num_kv_heads)
+                ]
                 row = stop
             table_at += len(span.blocks)
-        numbers = np.asarray(units, np.int32)
-        shares = num_rows < 2 * BLOCK * self._num_threads
-        owners = np.arange(len(units)) if shares else numbers[:, 0] // BLOCK
-        numbers[:, 5] = owners % self._num_threads
-        numbers = numbers[
-            np.argsort(numbers[:, 4], kind="stable")
-        ]  # a head's keys stay near for all that read them
+        units.sort(key=lambda unit: unit[4])  # a head's keys stay near for all that read them
         return Step(
-            num_rows,
+            len(batch.token_ids),
             batch.positions.numpy(),
             batch.slots.numpy(),
-            numbers.reshape(-1),
+            np.asarray(units, np.int32).reshape(-1),
             np.concatenate([span.blocks for span in batch.spans]).astype(np.int32),
             self._keys,
             self._values,

@@ -20,7 +20,8 @@ from engine.runner import EngineOptions
 from tests.engine_driver import Driver, answer
 from tests.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.integration
+# One group: the first test of a process compiles the kernels.
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("kernels")]
 
 KINDS = ["int8", "int8 in lanes", "bfloat16"]
 ISA = {"int8 in lanes": "AVX512_CORE_VNNI"}
