@@ -46,6 +46,10 @@ def bench(
     link: Annotated[
         str, typer.Option(help="transfer only: over a link of this rate, such as 1Gbit.", metavar="RATE")
     ] = "",
+    compare: Annotated[
+        str,
+        typer.Option(help="engine only: beside a peer, vllm=PATH of its environment.", metavar="PEER=PATH"),
+    ] = "",
 ) -> None:
     """Run a benchmark and print what it measured."""
     # Looked up by name, because `bench` stands above `cluster` in the order of imports.
@@ -54,8 +58,11 @@ def bench(
         raise typer.BadParameter(_unknown(name, there), param_hint="NAME")
     if link and name != "transfer":
         raise typer.BadParameter(f"{name} has no link", param_hint="--link")
+    if compare and name != "engine":
+        raise typer.BadParameter(f"{name} compares with nobody", param_hint="--compare")
     benchmark = cast(Benchmark, importlib.import_module(f"bench.{name}"))
-    report = benchmark.run(err, **({"link": link} if link else {}))
+    given = {"link": link, "compare": compare}
+    report = benchmark.run(err, **{key: value for key, value in given.items() if value})
     if json:
         out.print(report.to_json(), markup=False, soft_wrap=True)
     else:

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.engine import Engine, EngineOptions
 from engine.events import PrefillDone
+from engine.models.config import ModelConfig
+from engine.models.packed import runs_packed
 from engine.request import FinishReason, SamplingParams
 from kvtransfer.layouts import pieces_for
 from tests.engine_driver import ROOT_KEY, Driver, answer
 from tests.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.integration
+# One group: the first test of a process compiles the kernels.
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("kernels")]
 
 MAX_CONTEXT = 1024
 BLOCK_TOKENS = 64
@@ -29,14 +33,14 @@ class Model:
     precision: str
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
-def model(model_dir: Path, request: pytest.FixtureRequest) -> Model:
-    return Model(model_dir, request.param)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_context=MAX_CONTEXT)
+@pytest.fixture(scope="module", params=["float32", "int8", "int8 in kernels", "bfloat16 in kernels"])
+def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Model:
+    precision, _, in_kernels = request.param.partition(" ")
+    widths = {"hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64} if in_kernels else {}
+    home = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_context=MAX_CONTEXT, **widths)
+    if in_kernels and not runs_packed(ModelConfig.open(home), precision, "bfloat16", torch.device("cpu")):
+        pytest.skip(f"this processor has no kernels for {precision}")
+    return Model(home, precision)
 
 
 @pytest.fixture(scope="module")

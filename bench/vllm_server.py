@@ -1,0 +1,152 @@
+"""vLLM beside us: its own server from an environment of its own, asked over its own HTTP interface.
+
+`environment` is a virtual environment with vLLM's CPU build; the server listens on this host for as long as it is
+measured, in bfloat16 on all cores, and is ended by its process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+from bench.prompts import distinct_prompt
+from cluster.errors import ClusterError
+
+START_S, ANSWER_S, END_S = 600.0, 300.0, 30.0
+RUNS = 3
+_MODEL = "served"
+
+
+@contextlib.contextmanager
+def served(environment: Path, model_dir: Path) -> Iterator[VllmServer]:
+    """A server that answers. Raises ClusterError where it does not start."""
+    binary = environment / "bin" / "vllm"
+    if not binary.exists():
+        raise ClusterError(
+            f"{binary} does not exist: --compare vllm=PATH names a virtual environment with vLLM in it"
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cores = len(os.sched_getaffinity(0))
+    own = {
+        "PATH": f"{binary.parent}:{os.environ['PATH']}",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [
+        *(str(binary), "serve", str(model_dir), "--served-model-name", _MODEL, "--dtype", "bfloat16"),
+        *("--max-model-len", "8192", "--max-num-seqs", "64", "--host", "127.0.0.1", "--port", str(port)),
+        "--no-enable-prefix-caching",
+    ]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | own,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        server = VllmServer(port)
+        server.wait(process)
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class VllmServer:
+    """What it does, in the metrics of `headrace bench engine`."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def wait(self, process: subprocess.Popen[bytes]) -> None:
+        """Until it answers. Raises ClusterError where it ends before or takes too long."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise ClusterError(f"vLLM's server ended with status {process.returncode} before it answered")
+            with contextlib.suppress(OSError):
+                self._token_times([1_000], 1)
+                return
+            time.sleep(1.0)
+        raise ClusterError(f"vLLM's server did not answer within {START_S:.0f} s")
+
+    def measure(
+        self, prompts: tuple[int, ...], streams: tuple[int, ...], prompt_tokens: int
+    ) -> dict[str, float]:
+        """Prefill by time to the first token, steps by the time between tokens of answers to prompts of that length."""
+        seeds = iter(range(1_000_000, 2_000_000))
+        found = {}
+        for num_tokens in prompts:
+            runs = []
+            for _ in range(RUNS):
+                began = time.perf_counter()
+                runs.append(self._token_times(distinct_prompt(num_tokens, next(seeds)), 1)[0] - began)
+            found[f"prefill_tok_s_{num_tokens}"] = num_tokens / statistics.median(runs)
+        for num_streams in streams:
+            step_s = self._step_s(
+                num_streams, [distinct_prompt(prompt_tokens, next(seeds)) for _ in range(num_streams)]
+            )
+            if num_streams == 1:
+                found["decode_ms_b1"] = 1e3 * step_s
+            else:
+                found[f"out_tok_s_c{num_streams}"] = num_streams / step_s
+        return found
+
+    def _step_s(self, num_streams: int, prompts: list[list[int]]) -> float:
+        """Median time between two tokens of an answer, while all of them are being written."""
+        with ThreadPoolExecutor(num_streams) as pool:
+            times = list(pool.map(lambda prompt: self._token_times(prompt, 48), prompts))
+        first, last = max(each[0] for each in times), min(each[-1] for each in times)
+        gaps = [
+            after - before
+            for each in times
+            for before, after in pairwise(each)
+            if before >= first and after <= last
+        ]
+        return statistics.median(gaps)
+
+    def _token_times(self, prompt: list[int], max_tokens: int) -> list[float]:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=ANSWER_S)
+        asked = {
+            "model": _MODEL,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        times = []
+        with contextlib.closing(connection):
+            connection.request(
+                "POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"}
+            )
+            answer = connection.getresponse()
+            if answer.status != http.HTTPStatus.OK:
+                raise ClusterError(
+                    f"vLLM's server says {answer.status}: {answer.read(300).decode(errors='replace')}"
+                )
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    times.append(time.perf_counter())
+        return times
