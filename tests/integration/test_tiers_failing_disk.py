@@ -21,6 +21,7 @@ from kvtransfer.tiers.segments import DiskTier
 from kvtransfer.tiers.store import NodeStore
 from kvtransfer.tiers.store_types import StoreOptions
 from tests.tier_blocks import SECRET, SHAPE, Clock, block, key, same
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
