@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from bench.prompts import distinct_prompt
 from cluster.errors import ClusterError
+from cluster.local_ray import free_port
 
 START_S, ANSWER_S, END_S = 600.0, 300.0, 30.0
 RUNS = 3
@@ -36,9 +36,7 @@ def served(environment: Path, model_dir: Path) -> Iterator[VllmServer]:
         raise ClusterError(
             f"{binary} does not exist: --compare vllm=PATH names a virtual environment with vLLM in it"
         )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     cores = len(os.sched_getaffinity(0))
     own = {
         "PATH": f"{binary.parent}:{os.environ['PATH']}",

@@ -16,7 +16,15 @@ from itertools import count
 from pathlib import Path
 
 from engine.drawing import draw
-from engine.events import ChunkDone, Event, PrefillDone, SequenceFailed, StepResult, TokenDrawn
+from engine.events import (
+    ChunkDone,
+    Event,
+    PrefillDone,
+    SequenceFailed,
+    StepResult,
+    TokenDrawn,
+    layers_per_report,
+)
 from engine.pool import BlockPool
 from engine.probe import is_invariant
 from engine.request import Drawn, SamplingParams, SequenceStatus
@@ -24,8 +32,6 @@ from engine.request import Sequence as EngineSequence
 from engine.runner import EngineOptions, ModelRunner
 from engine.sampling import SampleFailure
 from engine.scheduler import Scheduler, StepPlan, StepRow, choice_owner, owner_of
-
-LAYER_GROUPS = 6  # reports of a chunk's progress within a step
 
 
 @dataclass(slots=True)
@@ -302,7 +308,7 @@ class Engine:
             for row in plan.rows
             if row.sequence.prefill_only
         ]
-        group = -(-self.config.num_layers // LAYER_GROUPS)
+        group = layers_per_report(self.config.num_layers)
 
         def after_layer(num_layers: int) -> None:
             if pushed and num_layers % group == 0 and num_layers < self.config.num_layers:

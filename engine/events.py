@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 from engine.request import Drawn
 
+LAYER_GROUPS = 6  # reports of a chunk's progress within a step
+
+
+def layers_per_report(num_layers: int) -> int:
+    """After every so many layers a step can say that their keys and values are in the cache."""
+    return -(-num_layers // LAYER_GROUPS)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenDrawn:

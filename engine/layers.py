@@ -33,12 +33,12 @@ class Rotary:
 
     def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         half = cos.shape[-1] // 2
-        self._cos = cos
-        self._signed_sin = torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
+        self.cos = cos
+        self.signed_sin = torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, signed sin) of each position: [T, 1, head_dim] each."""
-        return self._cos[positions].unsqueeze(1), self._signed_sin[positions].unsqueeze(1)
+        return self.cos[positions].unsqueeze(1), self.signed_sin[positions].unsqueeze(1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:

@@ -66,8 +66,7 @@ class Int8Linear:
         self._size = min(_MOST_MIXED, self.in_features & -self.in_features)
         rotated = weight.to(torch.float32, copy=True).contiguous()
         rotate_rows(rotated.numpy(), self._size)
-        scale = rotated.abs().amax(1).div_(_INT8_MAX).clamp_(min=_SMALLEST_SCALE)
-        codes = rotated.div_(scale[:, None]).round_().to(torch.int8)
+        codes, scale = quantize_weight(rotated)
         self._codes = torch.ops.onednn.qlinear_prepack(codes, None)
         self._scale = scale / self._size  # both sides are √size times as large
         self._zero_points = torch.zeros(self.out_features, dtype=torch.int64)
@@ -94,3 +93,9 @@ class Int8Linear:
         )
         y.mul_(scales)
         return y if self._bias is None else y.add_(self._bias)
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight float32 [out, in], overwritten → codes int8 [out, in] and scales float32 [out]: codes · scale ≈ weight."""
+    scale = weight.abs().amax(1).div_(_INT8_MAX).clamp_(min=_SMALLEST_SCALE)
+    return weight.div_(scale[:, None]).round_().to(torch.int8), scale

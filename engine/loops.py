@@ -1,5 +1,5 @@
 """Row by row work of the engine on the CPU, as compiled loops: a row is a function of itself alone, whatever the
-others. All of them are in this one file (see kvtransfer.compiled)."""
+others."""
 
 from __future__ import annotations
 

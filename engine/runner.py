@@ -107,7 +107,6 @@ class ModelRunner:
             weights,
             self.precision,
             self.max_context,
-            self.cache,
             max_rows,
             options.num_threads,
         )

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.kernels.functions import exp_of_negative, transpose
 from engine.kernels.lanes import (
     bfloat16,
-    exp_of_negative,
     fma,
     high_half,
     kernel,
@@ -28,7 +28,6 @@ from engine.kernels.lanes import (
     splat,
     store,
     total,
-    transpose,
     where_at_most,
 )
 from engine.kernels.tiles import add_product_of_bfloat16, clear, fetch, put
@@ -83,12 +82,8 @@ def attend(
     for token in range(num_tokens):
         source = ((first_row + token) * num_heads + first_head) * size
         target = token * group * size
-        for i in range(0, group * size, 32):
-            store(
-                scratch.queries.view(np.int32),
-                (target + i) // 2,
-                load(queries.view(np.int32), (source + i) // 2),
-            )
+        for i in range(0, group * size, 16):
+            store(scratch.queries, target + i, load(queries, source + i))
     zero = splat(np.float32(0))
     for i in range(0, num_rows * size, 16):
         store(scratch.output, i, zero)
@@ -210,9 +205,8 @@ def _weigh(
         a, b = load(scratch.scores, at), load(scratch.scores, at + 16)
         c, d = load(scratch.scores, at + 32), load(scratch.scores, at + 48)
         if masks:
-            limit = splat(
-                np.int32(behind + (row + i) // group)
-            )  # the last key of the block that the row sees
+            # Up to the last key of the block that the row sees.
+            limit = splat(np.int32(behind + (row + i) // group))
             a = where_at_most(lanes_from(np.int32(0)), limit, a, masked)
             b = where_at_most(lanes_from(np.int32(16)), limit, b, masked)
             c = where_at_most(lanes_from(np.int32(32)), limit, c, masked)
@@ -237,15 +231,9 @@ def _weigh(
                 store(scratch.output, k, load(scratch.output, k) * factor)
         store(scratch.sums, (row + i) * 16, sums)
         if in_tiles:
-            store(scratch.weights, at, a)
-            store(scratch.weights, at + 16, b)
-            store(scratch.weights, at + 32, c)
-            store(scratch.weights, at + 48, d)
+            _store_four(scratch.weights, at, 16, a, b, c, d)
         else:
-            store(scratch.scores, at, a)
-            store(scratch.scores, at + 16, b)
-            store(scratch.scores, at + 32, c)
-            store(scratch.scores, at + 48, d)
+            _store_four(scratch.scores, at, 16, a, b, c, d)
 
 
 @kernel
@@ -312,8 +300,8 @@ def _score_in_lanes(queries: Array, row: int, size: int, keys: Array, scores: Ar
             low, high = low_half(pair), high_half(pair)
             b0, b1 = fma(y0, high, fma(x0, low, b0)), fma(y1, high, fma(x1, low, b1))
             b2, b3 = fma(y2, high, fma(x2, low, b2)), fma(y3, high, fma(x3, low, b3))
-        _store_rows(scores, row * KEYS + key, KEYS, a0, a1, a2, a3)
-        _store_rows(scores, row * KEYS + key + 16, KEYS, b0, b1, b2, b3)
+        _store_four(scores, row * KEYS + key, KEYS, a0, a1, a2, a3)
+        _store_four(scores, row * KEYS + key + 16, KEYS, b0, b1, b2, b3)
 
 
 @kernel
@@ -349,12 +337,12 @@ def _add_values_in_lanes(weights: Array, row: int, size: int, values: Array, out
             low, high = low_half(pair), high_half(pair)
             b0, b1 = fma(y0, high, fma(x0, low, b0)), fma(y1, high, fma(x1, low, b1))
             b2, b3 = fma(y2, high, fma(x2, low, b2)), fma(y3, high, fma(x3, low, b3))
-        _store_rows(output, at, size, a0, a1, a2, a3)
-        _store_rows(output, at + 16, size, b0, b1, b2, b3)
+        _store_four(output, at, size, a0, a1, a2, a3)
+        _store_four(output, at + 16, size, b0, b1, b2, b3)
 
 
 @kernel
-def _store_rows(target: Array, at: int, stride: int, a: Array, b: Array, c: Array, d: Array) -> None:
+def _store_four(target: Array, at: int, stride: int, a: Array, b: Array, c: Array, d: Array) -> None:
     store(target, at, a)
     store(target, at + stride, b)
     store(target, at + 2 * stride, c)

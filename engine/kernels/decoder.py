@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.kernels.attention import AttentionScratch, attend
-from engine.kernels.lanes import TINY_IS_ZERO, kernel, load, set_rounding, store
+from engine.kernels.lanes import kernel, load, store
+from engine.kernels.processor import TINY_IS_ZERO, set_rounding
 from engine.kernels.products import BFLOAT16, BLOCK, Packed, Sums, code_at, multiply
 from engine.kernels.rows import normalize, quantize, turn
 from engine.kernels.team import barrier, in_team, team_size, thread_index
@@ -30,7 +31,6 @@ class Shape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     size: int
-    num_slots: int
     kind: int
     in_tiles: bool
     has_head_norms: bool
@@ -85,32 +85,25 @@ class Rows(NamedTuple):
 class Step(NamedTuple):
     """`positions`, `slots` int64 of each row. A unit of attention, none across a multiple of BLOCK rows, is five int32:
     first row, number of tokens, first position, where in `table` the blocks of its sequence begin, and head. keys,
-    values: uint16, flat, [layers, heads, slots, head size]."""
+    values: uint16, flat, [layers, heads, num_slots, head size]."""
 
     num_rows: int
     positions: Array
     slots: Array
     units: Array
     table: Array
+    num_slots: int
     keys: Array
     values: Array
 
 
 class Memory(NamedTuple):
-    """[threads, …] of what `Mine` and AttentionScratch hold; FULL_TILES."""
+    """What `Mine` holds, of every thread: [threads, …]. tiles: FULL_TILES."""
 
     row: Array
     other_row: Array
-    sums: Array
-    sums_f: Array
-    queries: Array
-    keys: Array
-    values: Array
-    scores: Array
-    weights: Array
-    output: Array
-    totals: Array
-    peaks: Array
+    sums: Sums
+    attention: AttentionScratch
     tiles: Array
 
 
@@ -175,27 +168,20 @@ def _head(model: Model, rows: Rows, memory: Memory, drawing: Array, logits: Arra
 
 @kernel
 def _mine(memory: Memory, num_rows: int) -> Mine:
-    me, num_threads = thread_index(), team_size()
+    me, num_threads, all_of = thread_index(), team_size(), memory.attention
     attention = AttentionScratch(
-        memory.queries[me],
-        memory.keys[me],
-        memory.values[me],
-        memory.scores[me],
-        memory.weights[me],
-        memory.output[me],
-        memory.totals[me],
-        memory.peaks[me],
+        all_of.queries[me],
+        all_of.keys[me],
+        all_of.values[me],
+        all_of.scores[me],
+        all_of.weights[me],
+        all_of.output[me],
+        all_of.sums[me],
+        all_of.peaks[me],
     )
-    sums = Sums(memory.sums[me], memory.sums_f[me])
-    return Mine(
-        me,
-        num_threads,
-        num_rows < 2 * BLOCK * num_threads,
-        memory.row[me],
-        memory.other_row[me],
-        sums,
-        attention,
-    )
+    sums = Sums(memory.sums.whole[me], memory.sums.floats[me])
+    shares = num_rows < 2 * BLOCK * num_threads
+    return Mine(me, num_threads, shares, memory.row[me], memory.other_row[me], sums, attention)
 
 
 @kernel
@@ -261,36 +247,29 @@ def _multiply(
 
 
 @kernel
-def _first_row(turn: int, mine: Mine) -> int:
-    """Of this thread's rows, every so many of them: one by one where rows are shared, else whole blocks."""
-    return (turn * mine.num_threads + mine.index) * (1 if mine.shares else BLOCK)
-
-
-@kernel
-def _end_row(turn: int, num_rows: int, mine: Mine) -> int:
-    return min(_first_row(turn, mine) + (1 if mine.shares else BLOCK), num_rows)
+def _is_mine(number: int, row: int, mine: Mine) -> bool:
+    """Whether work on `row` is this thread's: where rows are shared by the work's number, else by blocks of rows."""
+    owner = number if mine.shares else row // BLOCK
+    return bool(owner % mine.num_threads == mine.index)
 
 
 @kernel
 def _enter(weight: Array, layer: int, shape: Shape, rows: Rows, step: Step, mine: Mine) -> None:
     """The norm of x as the next product's input."""
-    hidden, turn_ = shape.hidden, 0
-    while _first_row(turn_, mine) < step.num_rows:
-        for row in range(_first_row(turn_, mine), _end_row(turn_, step.num_rows, mine)):
+    hidden = shape.hidden
+    for row in range(step.num_rows):
+        if _is_mine(row, row, mine):
             normalize(rows.x, row * hidden, hidden, weight, layer * hidden, shape.eps, mine.row)
             _put_input(mine.row, 0, hidden, row, shape, rows, mine)
-        turn_ += 1
     _wait(mine)
 
 
 @kernel
 def _encode(width: int, shape: Shape, rows: Rows, step: Step, mine: Mine) -> None:
     """Rows of `wide`, `width` numbers each, as the next product's input."""
-    turn_ = 0
-    while _first_row(turn_, mine) < step.num_rows:
-        for row in range(_first_row(turn_, mine), _end_row(turn_, step.num_rows, mine)):
+    for row in range(step.num_rows):
+        if _is_mine(row, row, mine):
             _put_input(rows.wide, row * rows.stride, width, row, shape, rows, mine)
-        turn_ += 1
     _wait(mine)
 
 
@@ -309,11 +288,9 @@ def _put_input(source: Array, at: int, width: int, row: int, shape: Shape, rows:
 @kernel
 def _place_heads(layer: int, model: Model, rows: Rows, step: Step, mine: Mine) -> None:
     """Queries, turned and scaled, into `queries`; keys, turned, and values into the cache."""
-    turn_ = 0
-    while _first_row(turn_, mine) < step.num_rows:
-        for row in range(_first_row(turn_, mine), _end_row(turn_, step.num_rows, mine)):
+    for row in range(step.num_rows):
+        if _is_mine(row, row, mine):
             _place_row(layer, model, rows, step, mine, row)
-        turn_ += 1
 
 
 @kernel
@@ -332,18 +309,18 @@ def _place_row(layer: int, model: Model, rows: Rows, step: Step, mine: Mine, row
             to = (row * num_heads + head) * size
             turn(heads, at, size, model.cos, model.signed_sin, angle, factor, rows.queries, to)
         else:
-            to = _slot(layer, head - num_heads, shape, step.slots[row])
+            to = _slot(layer, head - num_heads, shape, step, step.slots[row])
             turn(heads, at, size, model.cos, model.signed_sin, angle, np.float32(1), step.keys, to)
     for head in range(num_kv_heads):
         at = source + (num_heads + num_kv_heads + head) * size
-        to = _slot(layer, head, shape, step.slots[row])
+        to = _slot(layer, head, shape, step, step.slots[row])
         for i in range(0, size, 16):
             store(step.values, to + i, load(rows.wide, at + i))
 
 
 @kernel
-def _slot(layer: int, head: int, shape: Shape, slot: int) -> int:
-    return ((layer * shape.num_kv_heads + head) * shape.num_slots + slot) * shape.size
+def _slot(layer: int, head: int, shape: Shape, step: Step, slot: int) -> int:
+    return ((layer * shape.num_kv_heads + head) * step.num_slots + slot) * shape.size
 
 
 @kernel
@@ -352,8 +329,7 @@ def _attend(layer: int, shape: Shape, rows: Rows, step: Step, mine: Mine) -> Non
     group = shape.num_heads // shape.num_kv_heads
     for unit in range(len(step.units) // UNIT):
         at = unit * UNIT
-        owner = unit if mine.shares else step.units[at] // BLOCK
-        if owner % mine.num_threads != mine.index:
+        if not _is_mine(unit, step.units[at], mine):
             continue
         head = step.units[at + 4]
         attend(
@@ -366,7 +342,7 @@ def _attend(layer: int, shape: Shape, rows: Rows, step: Step, mine: Mine) -> Non
             shape.size,
             step.keys,
             step.values,
-            _slot(layer, head, shape, 0),
+            _slot(layer, head, shape, step, 0),
             step.table,
             step.units[at + 3],
             step.units[at + 2],

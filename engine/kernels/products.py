@@ -12,17 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.kernels.functions import exp, inverse
 from engine.kernels.lanes import (
     add_products_of_bytes,
-    exp,
-    expect,
-    inverse,
     kernel,
     load,
     splat,
     store,
     to_floats,
 )
+from engine.kernels.processor import expect
 from engine.kernels.tiles import (
     add_product_of_bfloat16,
     add_product_of_bytes,
@@ -167,10 +166,8 @@ def _sum(
     sums: Array,
     to: int,
 ) -> None:
-    if kind == BFLOAT16:
-        _sum_bfloat16(codes, room, row, count > 16, packed, at, here, sums, to)
-    elif kind == BYTES_IN_TILES and count > FEW_ROWS:
-        _sum_bytes(codes, room, row, count > 16, packed, at, here, sums, to)
+    if kind == BFLOAT16 or (kind == BYTES_IN_TILES and count > FEW_ROWS):
+        _sum_in_tiles(kind != BFLOAT16, codes, room, row, count > 16, packed, at, here, sums, to)
     else:
         _sum_bytes_in_lanes(codes, room, row, count, packed, at, here, sums, to)
 
@@ -213,70 +210,52 @@ def _finish(
 
 
 @kernel
-def _sum_bytes(
-    codes: Array, room: int, row: int, both: bool, packed: Packed, at: int, here: int, sums: Array, to: int
+def _sum_in_tiles(
+    of_bytes: bool,
+    codes: Array,
+    room: int,
+    row: int,
+    both: bool,
+    packed: Packed,
+    at: int,
+    here: int,
+    sums: Array,
+    to: int,
 ) -> None:
+    """Of 32 rows, or of 16."""
     weights, low, high, other = packed.codes, row * room, (row + 16) * room, at + 16 * packed.width
     fetch(0, packed.starts, here, 0)  # the same row 16 times
     fetch(1, packed.starts, here + 16, 0)
-    if not both:
-        for k in range(0, packed.width * 16, 1024):
-            fetch(4, codes, low + k, 64)
-            fetch(6, weights, at + k, 64)
-            fetch(7, weights, other + k, 64)
-            add_product_of_bytes(0, 4, 6)
-            add_product_of_bytes(1, 4, 7)
-    else:
-        fetch(2, packed.starts, here, 0)
-        fetch(3, packed.starts, here + 16, 0)
-        for k in range(0, packed.width * 16, 1024):  # all that is read first: several times as fast
-            fetch(4, codes, low + k, 64)
+    fetch(2, packed.starts, here, 0)
+    fetch(3, packed.starts, here + 16, 0)
+    for k in range(0, packed.width * 16, 1024):
+        fetch(4, codes, low + k, 64)
+        fetch(6, weights, at + k, 64)
+        fetch(7, weights, other + k, 64)
+        if both:
             fetch(5, codes, high + k, 64)
-            fetch(6, weights, at + k, 64)
-            fetch(7, weights, other + k, 64)
-            add_product_of_bytes(0, 4, 6)
-            add_product_of_bytes(1, 4, 7)
-            add_product_of_bytes(2, 5, 6)
-            add_product_of_bytes(3, 5, 7)
-    _put_sums(sums, to, both)
-
-
-@kernel
-def _sum_bfloat16(
-    codes: Array, room: int, row: int, both: bool, packed: Packed, at: int, here: int, sums: Array, to: int
-) -> None:
-    weights, low, high, other = packed.codes, row * room, (row + 16) * room, at + 16 * packed.width
-    fetch(0, packed.starts, here, 0)  # the same row 16 times
-    fetch(1, packed.starts, here + 16, 0)
-    if not both:
-        for k in range(0, packed.width * 16, 1024):
-            fetch(4, codes, low + k, 64)
-            fetch(6, weights, at + k, 64)
-            fetch(7, weights, other + k, 64)
-            add_product_of_bfloat16(0, 4, 6)
-            add_product_of_bfloat16(1, 4, 7)
-    else:
-        fetch(2, packed.starts, here, 0)
-        fetch(3, packed.starts, here + 16, 0)
-        for k in range(0, packed.width * 16, 1024):  # all that is read first: several times as fast
-            fetch(4, codes, low + k, 64)
-            fetch(5, codes, high + k, 64)
-            fetch(6, weights, at + k, 64)
-            fetch(7, weights, other + k, 64)
-            add_product_of_bfloat16(0, 4, 6)
-            add_product_of_bfloat16(1, 4, 7)
-            add_product_of_bfloat16(2, 5, 6)
-            add_product_of_bfloat16(3, 5, 7)
-    _put_sums(sums, to, both)
-
-
-@kernel
-def _put_sums(sums: Array, to: int, both: bool) -> None:
+        _add_products(of_bytes, both)
     put(0, sums, to, 128)
     put(1, sums, to + 16, 128)
     if both:
         put(2, sums, to + 512, 128)
         put(3, sums, to + 528, 128)
+
+
+@kernel
+def _add_products(of_bytes: bool, both: bool) -> None:
+    if of_bytes:
+        add_product_of_bytes(0, 4, 6)
+        add_product_of_bytes(1, 4, 7)
+        if both:
+            add_product_of_bytes(2, 5, 6)
+            add_product_of_bytes(3, 5, 7)
+    else:
+        add_product_of_bfloat16(0, 4, 6)
+        add_product_of_bfloat16(1, 4, 7)
+        if both:
+            add_product_of_bfloat16(2, 5, 6)
+            add_product_of_bfloat16(3, 5, 7)
 
 
 @kernel

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.kernels.functions import hadamard
 from engine.kernels.lanes import (
     fma,
-    hadamard,
     kernel,
     larger,
     largest,

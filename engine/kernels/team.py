@@ -16,6 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
+from engine.kernels.lanes import call
+
 
 def _open_mp() -> ctypes.CDLL | None:
     if "OpenMP" not in torch.__config__.parallel_info():
@@ -57,17 +59,11 @@ def in_team(typing: Any, function: Any, arguments: Any, num_threads: Any) -> Any
             builder.call(entry, [data])
         else:
             threads = builder.trunc(args[2], ir.IntType(32))
-            kind = ir.FunctionType(ir.VoidType(), [entry.type, _POINTER, ir.IntType(32), ir.IntType(32)])
-            parallel = cgutils.get_or_insert_function(builder.module, kind, "GOMP_parallel")
-            builder.call(parallel, [entry, data, threads, ir.Constant(ir.IntType(32), 0)])
+            flags = ir.Constant(ir.IntType(32), 0)
+            call(builder, "GOMP_parallel", ir.VoidType(), [entry, data, threads, flags])
         return context.get_dummy_value()
 
     return types.void(function, arguments, types.int64), generate
-
-
-def _call(builder: ir.IRBuilder, name: str, returns: Any) -> Any:
-    kind = ir.FunctionType(returns, [])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
 
 
 @intrinsic
@@ -76,31 +72,30 @@ def barrier(typing: Any) -> Any:
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         if _OPEN_MP is not None:
-            _call(builder, "GOMP_barrier", ir.VoidType())
+            call(builder, "GOMP_barrier", ir.VoidType(), [])
         return context.get_dummy_value()
 
     return types.void(), generate
 
 
-@intrinsic
-def thread_index(typing: Any) -> Any:
-    """0 … threads of the team - 1."""
+def _answer(function: str, alone: int) -> Any:
+    """What a function of the library says, as int64; `alone` where there is none."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         if _OPEN_MP is None:
-            return ir.Constant(ir.IntType(64), 0)
-        return builder.sext(_call(builder, "omp_get_thread_num", ir.IntType(32)), ir.IntType(64))
+            return ir.Constant(ir.IntType(64), alone)
+        return builder.sext(call(builder, function, ir.IntType(32), []), ir.IntType(64))
 
     return types.int64(), generate
+
+
+@intrinsic
+def thread_index(typing: Any) -> Any:
+    """0 … threads of the team - 1."""
+    return _answer("omp_get_thread_num", alone=0)
 
 
 @intrinsic
 def team_size(typing: Any) -> Any:
     """Threads of the team."""
-
-    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        if _OPEN_MP is None:
-            return ir.Constant(ir.IntType(64), 1)
-        return builder.sext(_call(builder, "omp_get_num_threads", ir.IntType(32)), ir.IntType(64))
-
-    return types.int64(), generate
+    return _answer("omp_get_num_threads", alone=1)

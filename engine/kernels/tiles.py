@@ -1,7 +1,7 @@
 """The processor's matrix tiles (Intel AMX) in compiled loops: eight registers of 16 rows of 64 bytes.
 
 Tiles are named by number, 0 to 7. `configure` first, in every thread; `release` at the end. On a processor without
-them every operation compiles to a trap, so that a kernel that asks `HAS_TILES` first can be one function.
+them every operation compiles to a trap, so that a kernel that is told which it may use can be one function.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import torch
 
 from engine.batch import StepBatch
 from engine.cache import PagedCache
-from engine.kernels.attention import KEYS
+from engine.events import layers_per_report
+from engine.kernels.attention import KEYS, AttentionScratch
 from engine.kernels.decoder import (
     Memory,
     Model,
@@ -23,7 +24,7 @@ from engine.kernels.decoder import (
     run_head,
     run_layers,
 )
-from engine.kernels.lanes import HAS_BYTE_PRODUCTS
+from engine.kernels.processor import HAS_BYTE_PRODUCTS
 from engine.kernels.products import (
     ADD,
     BFLOAT16,
@@ -33,17 +34,16 @@ from engine.kernels.products import (
     GATE,
     REPLACE,
     Packed,
+    Sums,
     pack,
 )
 from engine.kernels.rows import MIXED, rotate
 from engine.kernels.tiles import FULL_TILES, HAS_TILES
+from engine.layers import Rotary
+from engine.linear import quantize_weight
 from engine.models.config import ModelConfig
 from engine.rope import rope_tables
 from engine.weights import Weights
-
-LAYERS_AT_ONCE = 5  # between which the step can be told of
-_INT8_MAX = 127
-_SMALLEST_SCALE = 1e-30  # of an output whose weights are all 0
 
 
 def runs_packed(config: ModelConfig, precision: str, kv_dtype: str, device: torch.device) -> bool:
@@ -72,7 +72,6 @@ class PackedDecoder:
         weights: Weights,
         precision: str,
         max_context: int,
-        cache: PagedCache,
         max_rows: int,
         num_threads: int,
     ) -> None:
@@ -89,7 +88,6 @@ class PackedDecoder:
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            cache.planes["k"].shape[2],
             kind,
             may_use_tiles(),
             config.qk_norm,
@@ -106,14 +104,9 @@ class PackedDecoder:
         head = self._load(
             weights, [["model.embed_tokens" if config.tie_word_embeddings else "lm_head"]], REPLACE
         )
-        cos, sin = rope_tables(config, max_context)
-        half = cos.shape[-1] // 2
-        signed_sin = torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
+        rotary = Rotary(*rope_tables(config, max_context))
         norms = self._load_norms(weights, names)
-        self._model = Model(shape, norms, products, head, _flat(cos), _flat(signed_sin))
-        self._keys, self._values = (
-            cache.planes[name].view(torch.uint16).numpy().reshape(-1) for name in ("k", "v")
-        )
+        self._model = Model(shape, norms, products, head, _flat(rotary.cos), _flat(rotary.signed_sin))
         self._rows = self._make_rows(-(-max_rows // BLOCK) * BLOCK)
         self._x = torch.from_numpy(self._rows.x).view(-1, config.hidden_size)
         self._memory = self._make_memory()
@@ -132,10 +125,10 @@ class PackedDecoder:
         """
         num_rows = len(batch.token_ids)
         self._x[:num_rows] = self._embedding[batch.token_ids]
-        step = self._step(batch)
-        num_layers = self._config.num_layers
-        for first in range(0, num_layers, LAYERS_AT_ONCE):
-            end = min(first + LAYERS_AT_ONCE, num_layers)
+        step = self._step(batch, cache)
+        num_layers, at_once = self._config.num_layers, layers_per_report(self._config.num_layers)
+        for first in range(0, num_layers, at_once):
+            end = min(first + at_once, num_layers)
             run_layers(first, end, self._model, self._rows, step, self._memory, self._num_threads)
             after_layer(end)
         if not batch.drawing:
@@ -145,7 +138,7 @@ class PackedDecoder:
         run_head(self._model, self._rows, self._memory, drawing, logits.view(-1).numpy(), self._num_threads)
         return logits[:, : self._config.vocab_size]
 
-    def _step(self, batch: StepBatch) -> Step:
+    def _step(self, batch: StepBatch, cache: PagedCache) -> Step:
         units, table_at = [], 0
         for span in batch.spans:
             row, end = span.first_row, span.first_row + span.num_tokens
@@ -158,14 +151,16 @@ class PackedDecoder:
                 row = stop
             table_at += len(span.blocks)
         units.sort(key=lambda unit: unit[4])  # a head's keys stay near for all that read them
+        keys, values = (cache.planes[name].view(torch.uint16).numpy() for name in ("k", "v"))
         return Step(
             len(batch.token_ids),
             batch.positions.numpy(),
             batch.slots.numpy(),
             np.asarray(units, np.int32).reshape(-1),
             np.concatenate([span.blocks for span in batch.spans]).astype(np.int32),
-            self._keys,
-            self._values,
+            keys.shape[2],
+            keys.reshape(-1),
+            values.reshape(-1),
         )
 
     def _load_norms(self, weights: Weights, names: list[str]) -> Norms:
@@ -211,10 +206,9 @@ class PackedDecoder:
             return pack(rows), np.zeros(outputs, np.float32), np.zeros(outputs, np.int32)
         rotated = np.empty_like(weight.numpy())
         rotate(weight.reshape(-1).numpy(), 0, weight.numel(), rotated.reshape(-1), 0)
-        scale = np.maximum(np.abs(rotated).max(1) / _INT8_MAX, _SMALLEST_SCALE).astype(np.float32)
-        codes = np.rint(rotated / scale[:, None]).astype(np.int8)
+        codes, scale = (numbers.numpy() for numbers in quantize_weight(torch.from_numpy(rotated)))
         starts = -128 * codes.sum(1, dtype=np.int32)
-        return pack(codes), (scale / MIXED).astype(np.float32), starts  # both sides are √MIXED times as large
+        return pack(codes), scale / MIXED, starts  # both sides are √MIXED times as large
 
     def _make_rows(self, max_rows: int) -> Rows:
         config = self._config
@@ -240,11 +234,7 @@ class PackedDecoder:
         rows = -(-BLOCK * (config.num_heads // config.num_kv_heads) // 16) * 16
         sums = _zeros((threads, 2 * BLOCK * BLOCK), np.int32)
         widest = max(config.hidden_size, config.intermediate_size, config.num_heads * size)
-        return Memory(
-            _zeros((threads, widest), np.float32),
-            _zeros((threads, widest), np.float32),
-            sums,
-            sums.view(np.float32),
+        attention = AttentionScratch(
             _zeros((threads, rows * size), np.uint16),
             _zeros((threads, KEYS * size), np.uint16),
             _zeros((threads, KEYS * size), np.uint16),
@@ -253,8 +243,9 @@ class PackedDecoder:
             _zeros((threads, rows * size), np.float32),
             _zeros((threads, rows * 16), np.float32),
             _zeros((threads, rows), np.float32),
-            FULL_TILES,
         )
+        row, other_row = (_zeros((threads, widest), np.float32) for _ in range(2))
+        return Memory(row, other_row, Sums(sums, sums.view(np.float32)), attention, FULL_TILES)
 
 
 def _zeros(shape: int | tuple[int, ...], dtype: type) -> np.ndarray:

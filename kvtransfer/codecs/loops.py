@@ -1,4 +1,4 @@
-"""What codecs do to numbers in host memory, as compiled loops. All of them are in this one file (see `compiled`).
+"""What codecs do to numbers in host memory, as compiled loops.
 
 Rows are those of a field, [layers · entries, columns]. Arguments that several have:
 

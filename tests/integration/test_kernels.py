@@ -13,7 +13,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from engine.engine import Engine
-from engine.kernels.lanes import exp, exp_of_negative, load, store
+from engine.events import ChunkDone
+from engine.kernels.functions import exp, exp_of_negative
+from engine.kernels.lanes import load, store
 from engine.models.packed import PackedDecoder
 from engine.request import SamplingParams
 from engine.runner import EngineOptions
@@ -136,6 +138,20 @@ def test_numbers_that_are_none_stay_in_their_sequence(model_dir: Path, kind: str
     driver.run()
     assert driver.outcomes[1][0].failure == "NAN_LOGITS"
     assert driver.outcomes[2] == expected
+
+
+def test_a_chunk_is_told_of_as_often_as_without_kernels(tmp_path: Path) -> None:
+    home = make_tiny_model(
+        tmp_path / "deep", num_layers=8, hidden_size=64, num_heads=1, num_kv_heads=1, head_dim=64
+    )
+    engine = open_packed(home, "int8")
+    told: list[ChunkDone] = []
+    engine.on_progress = lambda result: told.extend(e for e in result.events if isinstance(e, ChunkDone))
+    tokens, lease_id = prompt(40, seed=1), bytes(16)
+    assert engine.reserve(lease_id, tokens, 1, b"tests") is not None
+    engine.submit(lease_id, tokens, greedy(1), prefill_only=True)
+    engine.step()
+    assert [each.num_layers for each in told] == [2, 4, 6]
 
 
 @pytest.mark.parametrize(
