@@ -73,7 +73,7 @@ def start_actors(wiring: Wiring, home: Path | None) -> dict[str, Any]:
         actor = _options(StoreActor, store.store_id, store.node, variables)
         started[store.store_id] = actor.remote(wiring.store_settings(store))
     for worker in plan.workers:
-        variables = home_variable | environment(worker, plan.precision)
+        variables = home_variable | environment(worker)
         actor = _options(
             WorkerActor,
             worker.worker_id,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cluster.placement import Placed
 from cluster.problems import KeyPath, Problem
-from cluster.profile import LoadedProfile, Model
+from cluster.profile import Answering, LoadedProfile, Model, Workers
 from cluster.units import format_size
 
 DEFAULT_MAX_CONTEXT = 8192
@@ -16,6 +16,7 @@ BLOCK_TOKENS = 64
 _BYTES_OF = {"float32": 4, "bfloat16": 2}
 _KV_STEP_BYTES = 64 << 20
 _KV_MOST_BYTES = 2 << 30
+_SET_ASIDE_MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,13 @@ def settle_kv_bytes(
     return found
 
 
+def settle_set_aside_bytes(workers: Workers, kv_bytes: int) -> int:
+    """Of one worker, in host memory: what the profile says, else some of what its KV blocks take."""
+    if not isinstance(workers, Answering):
+        return 0
+    return workers.set_aside_memory or min(kv_bytes // 4, _SET_ASIDE_MOST_BYTES)
+
+
 def memory_problems(
     loaded: LoadedProfile,
     placed: Sequence[Placed],
@@ -107,9 +115,11 @@ def _crowded_machines(
     loaded: LoadedProfile, placed: Sequence[Placed], kv_bytes: Mapping[str, int], model: ModelFacts
 ) -> Iterator[Problem]:
     for node in dict.fromkeys(slot.node for slot in placed if not slot.gpus):
-        groups = [slot.group for slot in placed if slot.node == node and not slot.gpus]
+        here = [slot for slot in placed if slot.node == node and not slot.gpus]
+        groups = [slot.group for slot in here]
         tiers = loaded.profile.kvtransfer.tiers
         wanted = sum(kv_bytes[group] + model.weights_bytes for group in groups) + (tiers.host if tiers else 0)
+        wanted += sum(settle_set_aside_bytes(slot.workers, kv_bytes[slot.group]) for slot in here)
         if wanted > node.memory_bytes:
             what = "KV blocks, weights and the host tier" if tiers else "KV blocks and weights"
             message = (

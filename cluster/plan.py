@@ -10,10 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.cores import CoreDemand, CoreDivision, divide
-from cluster.memory import ModelFacts, Numbers, format_gib, memory_problems, settle_kv_bytes, settle_numbers
+from cluster.memory import (
+    ModelFacts,
+    Numbers,
+    format_gib,
+    memory_problems,
+    settle_kv_bytes,
+    settle_numbers,
+    settle_set_aside_bytes,
+)
 from cluster.placement import Node, Placed, place
 from cluster.problems import KeyPath, Problem, ProfileError, one_of
-from cluster.profile import LoadedProfile, is_loopback, split_address
+from cluster.profile import Answering, LoadedProfile, is_loopback, split_address
 from cluster.units import format_size
 from worker.config import WorkerRole
 
@@ -53,6 +61,8 @@ class WorkerPlan:
     kv_bytes: int
     chunk_tokens: int
     max_sequences: int
+    max_drafts: int
+    set_aside_bytes: int
 
     @property
     def device(self) -> str:
@@ -149,19 +159,14 @@ def plan(loaded: LoadedProfile, nodes: Sequence[Node], model: ModelFacts = Model
     )
 
 
-def environment(worker: WorkerPlan, precision: str) -> dict[str, str]:
+def environment(worker: WorkerPlan) -> dict[str, str]:
     """Environment that a worker's process must have before it loads torch or allocates."""
     threads = str(len(worker.cpus))
-    variables = {
+    return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         **MALLOC_ENVIRONMENT,
     }
-    if precision == "bfloat16":
-        # AMX kernels change with the number of rows, which breaks the numeric contract: a token's KV must
-        # not depend on what else is in its batch.
-        variables["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
-    return variables
 
 
 def _model_problems(loaded: LoadedProfile, model: ModelFacts) -> Iterator[Problem]:
@@ -187,6 +192,7 @@ def _divisions(placed: Sequence[Placed], nodes: Sequence[Node]) -> dict[str, Cor
 
 def _worker(slot: Placed, division: CoreDivision, kv_bytes: int) -> WorkerPlan:
     cpus = division.engines[slot.worker_id]
+    answering = slot.workers if isinstance(slot.workers, Answering) else None
     return WorkerPlan(
         worker_id=slot.worker_id,
         group=slot.group,
@@ -199,6 +205,8 @@ def _worker(slot: Placed, division: CoreDivision, kv_bytes: int) -> WorkerPlan:
         kv_bytes=kv_bytes,
         chunk_tokens=slot.workers.chunk,
         max_sequences=slot.workers.max_sequences,
+        max_drafts=answering.max_drafts if answering else 0,
+        set_aside_bytes=settle_set_aside_bytes(slot.workers, kv_bytes),
     )
 
 
@@ -276,6 +284,9 @@ def _derived(
             room = min(node.gpu_memory_bytes) if members[0].gpus else node.memory_bytes
             reason = f"of {format_gib(room)} on {node.name}{'’s GPU' if members[0].gpus else ''}"
             found[name, "kv_memory"] = Derived(format_size(members[0].kv_bytes), reason)
+        if isinstance(group, Answering) and group.set_aside_memory is None:
+            value = format_size(members[0].set_aside_bytes)
+            found[name, "set_aside_memory"] = Derived(value, "a quarter of kv_memory, at most 256MiB")
     return found
 
 
@@ -283,5 +294,5 @@ def _notices(loaded: LoadedProfile) -> Iterator[Problem]:
     profile = loaded.profile
     if profile.router.policy == "cost":
         yield loaded.problem(("router", "policy"), '"cost" is not built yet; "least-loaded" is used')
-    if profile.router.slo is not None:
-        yield loaded.problem(("router", "slo"), "read, and not acted on by this version")
+    if profile.router.slo is not None and profile.router.slo.ttft is not None:
+        yield loaded.problem(("router", "slo", "ttft"), "read, and not acted on by this version")

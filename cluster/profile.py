@@ -146,18 +146,27 @@ class Prefill(Workers):
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = 16
 
 
-class Decode(Workers):
+class Answering(Workers):
+    """Workers that write answers."""
+
+    max_sequences: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_drafts: Annotated[int, Field(ge=0, le=64)] = 8
+    """Guesses at an answer's next tokens in one step, made where they pay; 0: none. They never change an answer."""
+    set_aside_memory: Size | None = None
+    """Of answers that had to give way, so that they need not be computed again; beside `kv_memory`, taken when
+    needed. Left out: a quarter of that, at most 256MiB."""
+
+
+class Decode(Answering):
     """Workers that write answers."""
 
     chunk: Annotated[int, Field(ge=16, le=16384)] = 128
-    max_sequences: Annotated[int, Field(ge=1, le=4096)] = 64
 
 
-class Colocated(Workers):
+class Colocated(Answering):
     """Workers that do both, each for its own requests."""
 
     chunk: Annotated[int, Field(ge=16, le=16384)] = 256
-    max_sequences: Annotated[int, Field(ge=1, le=4096)] = 64
 
 
 class Disk(Section):
@@ -196,7 +205,7 @@ class Slo(Section):
     ttft: Duration | None = None
     """Time to first token."""
     itl: Duration | None = None
-    """Inter-token latency."""
+    """Inter-token latency: where prompts are computed beside answers, their chunks are cut to it."""
 
 
 class Router(Section):

@@ -14,6 +14,7 @@ from worker.facts import identity_digest
 from worker.link import RouterLink
 from worker.prefixes import Brought, PrefixFetch
 from worker.service import WorkerContext
+from worker.wire import drafting_from_wire
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +79,12 @@ def check_handoff(request: Request, handoff: kvtransfer_pb2.Handoff, context: Wo
     for name, given, expected in facts:
         if given != expected:
             raise HandoffRefused("HANDOFF_MISMATCH", f"the handoff's {name} is not the lease's")
+    drafting = drafting_from_wire(handoff)
+    if drafting is not None:
+        try:
+            drafting.check(handoff.num_tokens)
+        except ValueError as error:
+            raise HandoffRefused("HANDOFF_MISMATCH", str(error)) from error
 
 
 def reserved(request: Request, context: WorkerContext) -> worker_pb2.WorkerMessage:

@@ -26,7 +26,14 @@ from worker.link import RouterLink
 from worker.prefix_sources import Wanted
 from worker.prefixes import Brought
 from worker.service import WorkerContext
-from worker.wire import MalformedTask, check_task, failure, first_tokens_from_wire, sampling_params
+from worker.wire import (
+    MalformedTask,
+    check_task,
+    drafting_from_wire,
+    failure,
+    first_tokens_from_wire,
+    sampling_params,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +223,8 @@ class DecodeService:
         if request is None:
             raise HandoffRefused("UNKNOWN_REQUEST", "the request has ended here")
         check_handoff(request, handoff, self._context)
-        first = first_tokens_from_wire(handoff.first_tokens)
-        self._engine.adopt(lease_id, request.prompt, request.sampling, first, fidelity)
+        first, drafting = first_tokens_from_wire(handoff.first_tokens), drafting_from_wire(handoff)
+        self._engine.adopt(lease_id, request.prompt, request.sampling, first, fidelity, drafting)
         # Posted before the lock is let go, so that it comes before any step's tokens.
         self._context.loop.call_soon_threadsafe(self._adopted, lease_id, first)
         self._context.wake_engine()

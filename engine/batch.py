@@ -69,7 +69,7 @@ class StepBatch:
     """T tokens of a step (padding rows at the end included).
 
     `token_ids`, `positions`, `slots`: int64 [T]. `logit_rows`: int64 [R], R ≥ MIN_ROWS where any row draws,
-    its first `num_draws` entries in the order of `drawing`.
+    its first `num_draws` entries in the order of `drawing`, of each its last known token and its guesses.
     """
 
     token_ids: torch.Tensor
@@ -80,6 +80,11 @@ class StepBatch:
     chunks: tuple[ChunkTiles, ...]
     logit_rows: torch.Tensor
     drawing: tuple[StepRow, ...]
+
+    @property
+    def num_draws(self) -> int:
+        """Logits that tokens are drawn from."""
+        return sum(1 + len(row.drafts) for row in self.drawing)
 
 
 class BatchBuilder:
@@ -111,7 +116,10 @@ class BatchBuilder:
         rows = [*answers, *chunks]
         ends = np.cumsum([row.num_tokens for row in rows])
         drawing = tuple(row for row in rows if row.draws)
-        logit_rows = [int(end) - 1 for row, end in zip(rows, ends, strict=True) if row.draws]
+        logit_rows: list[int] = []
+        for row, end in zip(rows, ends.tolist(), strict=True):
+            if row.draws:
+                logit_rows += range(end - 1 - len(row.drafts), end)
         if logit_rows:
             logit_rows += [logit_rows[-1]] * (MIN_ROWS - len(logit_rows))
         token_ids, positions, slots = self._token_arrays(rows)
@@ -138,7 +146,8 @@ class BatchBuilder:
         positions, slots = [], []
         for row in rows:
             end = row.start + row.num_tokens
-            token_ids += row.sequence.tokens[row.start : end]
+            token_ids += row.sequence.tokens[row.start : end - len(row.drafts)]
+            token_ids += row.drafts
             at = np.arange(row.start, end)
             blocks = np.asarray(self._blocks_of(owner_of(row.sequence)))
             positions.append(at)

@@ -123,6 +123,18 @@ class PagedCache:
             for tensor in self.planes.values():
                 tensor.index_copy_(2, target_slots, tensor.index_select(2, source_slots))
 
+    def take_blocks(self, blocks: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A copy of whole blocks in host memory: by plane [layers, heads, slots, width]."""
+        slots = self._block_slots(blocks)
+        return {name: tensor.index_select(2, slots).cpu() for name, tensor in self.planes.items()}
+
+    def put_blocks(self, blocks: Sequence[int], taken: dict[str, torch.Tensor], first: int) -> None:
+        """Write some of what `take_blocks` gave, from its block number `first` on."""
+        slots, size = self._block_slots(blocks), self.layout.block_tokens
+        for name, tensor in self.planes.items():
+            part = taken[name][:, :, first * size : (first + len(blocks)) * size]
+            tensor.index_copy_(2, slots, part.to(tensor.device))
+
     def scrub(self, blocks: Sequence[int]) -> None:
         """Zero blocks whose contents may be NaN: even masked positions enter a product with 0."""
         if blocks:

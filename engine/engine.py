@@ -15,23 +15,17 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from engine.drawing import draw
-from engine.events import (
-    ChunkDone,
-    Event,
-    PrefillDone,
-    SequenceFailed,
-    StepResult,
-    TokenDrawn,
-    layers_per_report,
-)
+from engine.applying import apply_draws
+from engine.drafter import Drafter, DraftState
+from engine.drawing import Result, draw
+from engine.events import ChunkDone, Event, SequenceFailed, StepResult, layers_per_report
 from engine.pool import BlockPool
 from engine.probe import is_invariant
 from engine.request import Drawn, SamplingParams, SequenceStatus
 from engine.request import Sequence as EngineSequence
 from engine.runner import EngineOptions, ModelRunner
-from engine.sampling import SampleFailure
-from engine.scheduler import Scheduler, StepPlan, StepRow, choice_owner, owner_of
+from engine.scheduler import Scheduler, StepLimits, StepPlan, choice_owner, owner_of
+from engine.set_aside import bring_back, set_aside
 
 
 @dataclass(slots=True)
@@ -64,7 +58,15 @@ class Engine:
         self.max_context = runner.max_context
         self.max_sequences = options.max_sequences
         self.invariant = invariant
-        self.scheduler = Scheduler(self.pool, options.chunk_tokens, options.max_sequences)
+        limits = StepLimits(
+            options.chunk_tokens,
+            options.max_sequences,
+            options.max_drafts,
+            self.max_context,
+            options.itl_s,
+        )
+        self.scheduler = Scheduler(self.pool, limits)
+        self._set_aside_bytes = options.set_aside_bytes
         self._leases: dict[bytes, _Lease] = {}
         self._in_flight: set[bytes] = set()
         self._deferred: set[bytes] = set()
@@ -104,13 +106,13 @@ class Engine:
 
         `bound`: the worst rank (engine/pool.py) that the request takes, now and after a preemption; `tenant`: who
         holds the blocks. Returns the prompt tokens found cached (whole blocks, never the last token), or None
-        where there is no room now: running answers keep a block each to grow into.
+        where there is no room now: running answers keep a block each to grow into, and the preempted go first.
         """
         with self.lock:
             if sum(lease.num_choices for lease in self._leases.values()) + num_choices > self.max_sequences:
                 return None
             keys = self.prefix_keys(root_key, prompt)
-            spare = self.scheduler.num_running + num_choices - 1
+            spare = self.scheduler.spare_blocks + num_choices - 1
             num_blocks = self.pool.blocks_for(len(prompt) + 1)
             num_hit = self.pool.open(lease_id, keys, num_blocks, spare, bound, tenant)
             if num_hit is None:
@@ -129,6 +131,8 @@ class Engine:
             sequence = self._sequence(lease_id, 0, prompt, sampling)
             sequence.num_computed = lease.cached_tokens
             sequence.prefill_only = prefill_only
+            if not prefill_only:
+                sequence.drafter = self._drafter(prompt)
             self.scheduler.add(sequence)
             return sequence
 
@@ -139,12 +143,13 @@ class Engine:
         sampling: SamplingParams,
         first: Sequence[Drawn],
         fidelity: int = 0,
+        drafting: DraftState | None = None,
     ) -> list[EngineSequence]:
         """Go on with a prompt whose KV was written into the lease's blocks; `first[i]` is choice i's first token.
 
-        `fidelity`: the worst rank of what was written; the blocks are cached under it. Raises ValueError where it
-        is beyond the bound that the lease was reserved with. Emits nothing for the first tokens. Returns the
-        sequences that compute on (those not finished by it).
+        `fidelity`: the worst rank of what was written; the blocks are cached under it. `drafting`: what a drafter
+        made of the prompt, where that is known. Raises ValueError where one of them is not of such a lease. Emits
+        nothing for the first tokens. Returns the sequences that compute on (those not finished by it).
         """
         with self.lock:
             lease = self._leases[lease_id]
@@ -152,10 +157,12 @@ class Engine:
                 raise ValueError(
                     f"KV of rank {fidelity} landed, but the lease was reserved for {lease.bound}"
                 )
+            drafter = self._drafter(prompt, drafting)
             lease.trusted = True
             self.pool.worsen(lease_id, fidelity)
             self.cache.fence()
             parent = self._sequence(lease_id, 0, prompt, sampling)
+            parent.drafter = drafter
             parent.num_computed = len(prompt)
             self.scheduler.seal(parent)
             return self._begin_answers(parent, first)
@@ -210,7 +217,7 @@ class Engine:
             num_blocks = self.pool.lookup(keys, bound)
             if not num_blocks:
                 return None
-            spare = self.scheduler.num_running
+            spare = self.scheduler.spare_blocks
             if self.pool.open(owner, keys[:num_blocks], num_blocks, spare, bound) is None:
                 return None
             self._leases[owner] = _Lease(num_choices=0)
@@ -223,7 +230,7 @@ class Engine:
         where there is no room now, as in `reserve`. Takes no place of a sequence.
         """
         with self.lock:
-            num_hit = self.pool.open(lease_id, keys, len(keys), self.scheduler.num_running, bound, tenant)
+            num_hit = self.pool.open(lease_id, keys, len(keys), self.scheduler.spare_blocks, bound, tenant)
             if num_hit is not None:
                 self._leases[lease_id] = _Lease(num_choices=0, bound=bound, tenant=tenant)
             return num_hit
@@ -279,6 +286,7 @@ class Engine:
         began = self._clock()
         with self.lock:
             plan = self.scheduler.schedule()
+            self._move_kept(plan)
             if not plan.rows:
                 return StepResult()
             batch = self.runner.build(plan)
@@ -294,12 +302,24 @@ class Engine:
                 deferred, self._deferred = self._deferred, set()
                 for lease_id in deferred:
                     self.release(lease_id)
+        step_s = self._clock() - began
+        self.scheduler.pace.observe(plan.num_answer_tokens, plan.num_prefill_tokens, step_s)
         return StepResult(
             events=tuple(events),
             num_prefill_tokens=plan.num_prefill_tokens,
             num_decode_rows=plan.num_decode_rows,
-            step_s=self._clock() - began,
+            num_drafts=sum(len(row.drafts) for row in plan.rows),
+            num_drafts_kept=sum(len(drawn[row.sequence.sequence_id]) - 1 for row in plan.rows if row.drafts),
+            step_s=step_s,
         )
+
+    def _move_kept(self, plan: StepPlan) -> None:
+        """Out of blocks that the plan gives to others, and into those that it gives to who comes back."""
+        for preempted in plan.preempted:
+            others = self.scheduler.sequences
+            preempted.sequence.set_aside = set_aside(preempted, self.cache, others, self._set_aside_bytes)
+        for each in plan.brought_back:
+            bring_back(each, self.cache)
 
     def _layer_reporter(self, plan: StepPlan, began: float) -> Callable[[int], None]:
         """Says how far the chunks that go elsewhere are, a few times a step, so that they can leave in mid-step."""
@@ -317,49 +337,22 @@ class Engine:
 
         return after_layer
 
-    def _apply(self, plan: StepPlan, drawn: dict[int, list[Drawn | SampleFailure]]) -> list[Event]:
-        events: list[Event] = []
-        for row in plan.rows:
-            if row.sequence.status is not SequenceStatus.RUNNING:
-                continue  # stopped while the step computed
-            self.scheduler.computed(row)
-            if row.sequence.prefill_only:
-                events.append(ChunkDone(row.sequence.lease_id, row.sequence.num_computed))
-            if row.draws:
-                self._apply_draw(row, drawn[row.sequence.sequence_id], events)
+    def _apply(self, plan: StepPlan, drawn: dict[int, list[Result]]) -> list[Event]:
+        events = apply_draws(plan, drawn, self.scheduler, self._begin_answers)
+        for event in events:
+            if isinstance(event, SequenceFailed):
+                self._leases[event.lease_id].failed = True
         return events
 
-    def _apply_draw(self, row: StepRow, results: list[Drawn | SampleFailure], events: list[Event]) -> None:
-        sequence = row.sequence
-        tokens = [result for result in results if isinstance(result, Drawn)]
-        failure = next((result for result in results if isinstance(result, SampleFailure)), None)
-        if failure is not None:
-            self._leases[sequence.lease_id].failed = True
-            self.scheduler.remove(sequence, SequenceStatus.FINISHED)
-            choice = None if len(results) > 1 or sequence.prefill_only else sequence.choice
-            events.append(SequenceFailed(sequence.lease_id, choice, failure.cause, failure.message))
-        elif sequence.prefill_only:
-            self.scheduler.remove(sequence, SequenceStatus.HELD)
-            events.append(PrefillDone(sequence.lease_id, tuple(tokens)))
-        elif sequence.num_generated == 0 and sequence.choice == 0:
-            self.scheduler.remove(sequence, SequenceStatus.FINISHED)
-            self._begin_answers(sequence, tokens)
-            events.extend(
-                TokenDrawn(sequence.lease_id, choice, 0, token) for choice, token in enumerate(tokens)
-            )
-        else:
-            sequence.tokens.append(tokens[0].token_id)
-            events.append(
-                TokenDrawn(sequence.lease_id, sequence.choice, sequence.num_generated - 1, tokens[0])
-            )
-            if tokens[0].finish is not None:
-                self.scheduler.remove(sequence, SequenceStatus.FINISHED)
+    def _drafter(self, prompt: Sequence[int], state: DraftState | None = None) -> Drafter | None:
+        return Drafter(prompt, state) if self.scheduler.limits.max_drafts else None
 
     # --- choices -------------------------------------------------------------------------------
 
     def _begin_answers(self, parent: EngineSequence, first: Sequence[Drawn]) -> list[EngineSequence]:
         """Start every choice that its first token did not end, each on blocks of its own."""
         prompt = list(parent.tokens)
+        drafter = parent.drafter.copy() if parent.drafter is not None else None
         going = []
         for choice, token in enumerate(first):
             if token.finish is not None:
@@ -367,8 +360,9 @@ class Engine:
             sequence = parent
             if choice > 0:
                 sequence = self._sequence(parent.lease_id, choice, prompt, parent.sampling)
+                sequence.drafter = drafter.copy() if drafter is not None else None
                 self._fork(parent, sequence)
-            sequence.tokens.append(token.token_id)
+            sequence.append(token.token_id)
             self.scheduler.add(sequence)
             going.append(sequence)
         return going

@@ -59,9 +59,14 @@ Event = TokenDrawn | ChunkDone | PrefillDone | SequenceFailed
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Events in the order they happened, and what the step was made of. No rows: there was nothing to do."""
+    """Events in the order they happened, and what the step was made of. No rows: there was nothing to do.
+
+    `num_drafts`: guesses at tokens that were computed; `num_drafts_kept`: those that were the tokens drawn.
+    """
 
     events: tuple[Event, ...] = ()
     num_prefill_tokens: int = 0
     num_decode_rows: int = 0
+    num_drafts: int = 0
+    num_drafts_kept: int = 0
     step_s: float = 0.0

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
+
+from engine.drafter import Drafter
 
 
 class FinishReason(StrEnum):
@@ -91,6 +94,14 @@ class Drawn:
     finish: FinishReason | None = None
 
 
+class SetAside(Protocol):
+    """Keys and values of a preempted sequence, out of the cache: of its first `num_tokens` positions, with the worst
+    fidelity rank in them."""
+
+    num_tokens: int
+    rank: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One choice of one request inside the engine.
@@ -98,7 +109,7 @@ class Sequence:
     `tokens` is the prompt followed by the answer so far; `num_computed` says for how many of its first
     positions keys and values are in the cache. `root_key` starts the chain of block keys (kvtransfer.keys):
     it separates tenants and models. `bound` and `tenant` are its lease's, for when it takes blocks from the
-    cache again (engine/pool.py).
+    cache again (engine/pool.py). `drafter` guesses at its next tokens; None where none are wanted.
     """
 
     sequence_id: int
@@ -113,6 +124,8 @@ class Sequence:
     root_key: bytes = b""
     bound: int = 0
     tenant: str = ""
+    drafter: Drafter | None = None
+    set_aside: SetAside | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -123,6 +136,12 @@ class Sequence:
     def num_generated(self) -> int:
         """Answer tokens drawn so far."""
         return len(self.tokens) - self.num_prompt
+
+    def append(self, token_id: int) -> None:
+        """The answer's next token."""
+        self.tokens.append(token_id)
+        if self.drafter is not None:
+            self.drafter.observe(token_id)
 
     @property
     def generated(self) -> list[int]:

@@ -40,6 +40,9 @@ class EngineOptions:
     `max_context`, `chunk_tokens` in tokens; `kv_bytes` bounds the cache; `num_threads` of one product.
     `tenant_share`: the part of the cache, at least one context of it, within which no other tenant takes a
     tenant's cached blocks (engine/shares.py).
+    `max_drafts`: most guesses at an answer's next tokens in one step, 0 for none (engine/drafter.py). `itl_s`: how long
+    an answer should at most wait for its next token while prompts are computed beside it (engine/scheduler.py).
+    `set_aside_bytes`: host memory for the keys and values of preempted sequences (engine/set_aside.py).
     `device` is "cpu" or "cuda:N" (CUDA: written, not run by the project's tests).
     """
 
@@ -50,6 +53,9 @@ class EngineOptions:
     max_sequences: int = 64
     kv_bytes: int = 2 << 30
     tenant_share: float = 1.0
+    max_drafts: int = 8
+    itl_s: float | None = None
+    set_aside_bytes: int = 256 << 20
     num_threads: int = 1
     device: str = "cpu"
 
@@ -98,6 +104,8 @@ class ModelRunner:
     def _open_model(self, weights: Weights, options: EngineOptions) -> PackedDecoder | DenseDecoder:
         kv_dtype = self.layout.plane("k").fields[0].dtype
         if not runs_packed(self.config, self.precision, kv_dtype, self.device):
+            if self.precision == "bfloat16" and self.device.type == "cpu":
+                _leave_out_amx()
             return DenseDecoder(
                 self.config, weights, self.precision, self.max_context, BLOCK_TOKENS, self.device
             )
@@ -126,7 +134,7 @@ class ModelRunner:
         return self._builder.build(plan)
 
     def forward(self, batch: StepBatch, after_layer: Callable[[int], None] = lambda _: None) -> np.ndarray:
-        """Logits [number of drawing rows, vocabulary] float32 in the order of `batch.drawing`.
+        """Logits [batch.num_draws, vocabulary] float32.
 
         `after_layer(n)`: the step's keys and values of the first n layers are in the cache.
         """
@@ -134,4 +142,10 @@ class ModelRunner:
             logits = self._model.forward(batch, self.cache, after_layer)
         if logits is None:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
-        return logits[: len(batch.drawing)].cpu().numpy()
+        return logits[: batch.num_draws].cpu().numpy()
+
+
+def _leave_out_amx() -> None:
+    """oneDNN's AMX kernels for bfloat16 change with the number of rows, which breaks the numeric contract (ADR 1). It
+    reads this before its first product, and never again."""
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")

@@ -3,49 +3,102 @@
 Pure: it knows sequences and the block pool, no tensors, no clock, no network. A sequence has
 `num_tokens - num_computed` positions to go: 1 for an answer being written, more for a prompt, for a
 resumed or for a preempted one; there is no other difference between prefill and decode. A step is one
-budget of tokens: running answers first, one token each, then prompts in order of arrival, in chunks.
+budget of tokens: running answers first, one token each and as many guesses as pay (engine/drafter.py), then prompts
+in chunks, which are shorter where answers would otherwise wait too long for their next token. The oldest prompt has
+at least half of every chunk; short ones that arrived after it pass it in the other half.
 
 A running answer that finds no block takes the blocks of the sequence that arrived last (of those whose blocks
-its tenant may have, engine/shares.py); that one starts again from its cached prefix when there is room, within
-the fidelity that its request allows, and computes its tokens anew (under `exact` they come out the same).
+its tenant may have, engine/shares.py); that one goes on, when there is room and before anybody new, from what of it
+was set aside or is still cached, within the fidelity that its request allows, and computes the rest anew (under
+`exact` its tokens come out the same).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from engine.drafter import worthwhile
+from engine.pace import StepPace
 from engine.pool import BlockPool
-from engine.request import Sequence, SequenceStatus
+from engine.request import Sequence, SequenceStatus, SetAside
 from kvtransfer.keys import block_key
+
+MIN_CHUNK_TOKENS = 32  # of prompts in every step, whatever answers wait for it
+CHUNK_STEP_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Of one step: tokens of prompts and guesses; sequences that draw; guesses of each, 0 for none; positions of a
+    sequence; and how long answers should wait for it, None for as long as it takes."""
+
+    chunk_tokens: int
+    max_sequences: int
+    max_drafts: int = 0
+    max_context: int = 1 << 30
+    itl_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """Compute positions [start, start + num_tokens) of a sequence; draw a token where `draws`."""
+    """Compute positions [start, start + num_tokens) of a sequence; draw a token where `draws`. The last ones are
+    guesses, `drafts`, each of which is drawn after, too."""
 
     sequence: Sequence
     start: int
     num_tokens: int
     draws: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it is one known token, at the end of what is known."""
+        return self.draws and self.num_tokens == 1 + len(self.drafts)
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A sequence that gave way, and the blocks with keys and values of its first `num_tokens` positions, of that
+    fidelity rank, which are whole until the step computes."""
+
+    sequence: Sequence
+    blocks: tuple[int, ...]
+    num_tokens: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class BroughtBack:
+    """What was set aside of a sequence, from its block number `first_block` on, for these blocks."""
+
+    kept: SetAside
+    first_block: int
+    blocks: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """What a step computes, decode rows first, and what had to give way for it."""
+    """What a step computes, answers first, what had to give way for it, and what comes back before it computes."""
 
     rows: list[StepRow] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
+    preempted: list[Preempted] = field(default_factory=list)
+    brought_back: list[BroughtBack] = field(default_factory=list)
 
     @property
     def num_decode_rows(self) -> int:
-        """Rows of one token that end in a draw."""
-        return sum(1 for row in self.rows if row.num_tokens == 1 and row.draws)
+        """Answers that go on."""
+        return sum(row.is_answer for row in self.rows)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens in those rows, guesses included."""
+        return sum(row.num_tokens for row in self.rows if row.is_answer)
 
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens in the other rows."""
-        return sum(row.num_tokens for row in self.rows) - self.num_decode_rows
+        return sum(row.num_tokens for row in self.rows if not row.is_answer)
 
 
 def owner_of(sequence: Sequence) -> bytes:
@@ -61,10 +114,10 @@ def choice_owner(lease_id: bytes, choice: int) -> bytes:
 class Scheduler:
     """Holds every sequence that still computes. Not thread-safe; the engine's lock guards it."""
 
-    def __init__(self, pool: BlockPool, chunk_tokens: int, max_sequences: int) -> None:
+    def __init__(self, pool: BlockPool, limits: StepLimits, pace: StepPace | None = None) -> None:
         self.pool = pool
-        self.chunk_tokens = chunk_tokens
-        self.max_sequences = max_sequences
+        self.limits = limits
+        self.pace = pace or StepPace()
         self.num_preemptions = 0
         self._sequences: list[Sequence] = []  # in order of arrival
 
@@ -82,6 +135,13 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that were preempted and wait for room."""
         return len(self._sequences) - self.num_running
+
+    @property
+    def spare_blocks(self) -> int:
+        """Blocks that nobody new may take: one for each running answer to grow into, and those that the preempted
+        wait for."""
+        waiting = (s for s in self._sequences if s.status is SequenceStatus.PREEMPTED)
+        return self.num_running + sum(self.pool.blocks_for(s.num_tokens) for s in waiting)
 
     @property
     def queued_prefill_tokens(self) -> int:
@@ -109,12 +169,14 @@ class Scheduler:
         """Plan the next step; empty where nothing can be computed now."""
         plan = StepPlan()
         self._plan_answers(plan)
-        self._plan_prompts(plan)
+        num_drafts = self._plan_drafts(plan)
+        self._readmit_preempted(plan)
+        self._plan_prompts(plan, min(self.limits.chunk_tokens - num_drafts, self._within_itl(plan)))
         return plan
 
     def _plan_answers(self, plan: StepPlan) -> None:
         for sequence in self._sequences:
-            if len(plan.rows) == self.max_sequences:
+            if len(plan.rows) == self.limits.max_sequences:
                 return
             if (
                 sequence.status is not SequenceStatus.RUNNING
@@ -124,25 +186,77 @@ class Scheduler:
             if self._make_room(sequence, sequence.num_tokens, plan):
                 plan.rows.append(StepRow(sequence, sequence.num_computed, 1, draws=True))
 
-    def _plan_prompts(self, plan: StepPlan) -> None:
-        budget = self.chunk_tokens
+    def _plan_drafts(self, plan: StepPlan) -> int:
+        """Lengthen answers by the guesses that pay; returns how many."""
+        guesses = [self._guess(row.sequence) for row in plan.rows]
+        if not any(guesses):
+            return 0
+        counts = worthwhile(
+            [row.sequence.drafter.hit_rate if row.sequence.drafter else 0.0 for row in plan.rows],
+            [len(drafts) for drafts in guesses],
+            self.pace.answers_s(len(plan.rows)),
+            self.pace.row_s,
+            self.limits.chunk_tokens - MIN_CHUNK_TOKENS,
+        )
+        plan.rows = [
+            replace(row, num_tokens=1 + count, drafts=tuple(drafts[:count]))
+            for row, drafts, count in zip(plan.rows, guesses, counts, strict=True)
+        ]
+        return sum(counts)
+
+    def _guess(self, sequence: Sequence) -> list[int]:
+        """Guesses that could be kept, and that fit into the blocks which the sequence has."""
+        if sequence.drafter is None or not sequence.num_generated:
+            return []
+        room_tokens = len(self.pool.blocks(owner_of(sequence))) * self.pool.block_tokens
+        end = min(room_tokens, self.limits.max_context)
+        left = sequence.sampling.max_tokens - sequence.num_generated - 1
+        return sequence.drafter.draft(max(min(self.limits.max_drafts, left, end - sequence.num_tokens), 0))
+
+    def _within_itl(self, plan: StepPlan) -> int:
+        """Tokens of prompts for which the step's answers can wait."""
+        itl_s = self.limits.itl_s
+        if itl_s is None or not plan.rows:
+            return self.limits.chunk_tokens
+        left_s = itl_s - self.pace.answers_s(plan.num_answer_tokens)
+        within = self.pace.prompt_tokens_within(left_s) // CHUNK_STEP_TOKENS * CHUNK_STEP_TOKENS
+        return max(within, MIN_CHUNK_TOKENS)
+
+    def _readmit_preempted(self, plan: StepPlan) -> None:
+        gave_way = {each.sequence.sequence_id for each in plan.preempted}
         for sequence in self._sequences:
-            if budget <= 0:
-                return
-            if sequence.status is SequenceStatus.PREEMPTED and not self._readmit(sequence, plan):
-                continue
-            remaining = sequence.num_tokens - sequence.num_computed
-            if remaining <= 1:  # an answer: planned above, or in the next step
-                continue
-            num_tokens = min(remaining, budget)
-            if not self.pool.grow(
-                owner_of(sequence), self.pool.blocks_for(sequence.num_computed + num_tokens)
-            ):
-                continue
-            budget -= num_tokens
-            plan.rows.append(
-                StepRow(sequence, sequence.num_computed, num_tokens, draws=num_tokens == remaining)
-            )
+            if sequence.status is SequenceStatus.PREEMPTED and sequence.sequence_id not in gave_way:
+                self._readmit(sequence, plan)
+
+    def _plan_prompts(self, plan: StepPlan, budget: int) -> None:
+        waiting = [
+            s
+            for s in self._sequences
+            # With one token to go it is an answer: planned above, or in the next step.
+            if s.status is SequenceStatus.RUNNING and s.num_tokens - s.num_computed > 1
+        ]
+        if not waiting:
+            return
+        passing = []
+        if waiting[0].num_tokens - waiting[0].num_computed > budget:
+            left = budget // 2
+            for sequence in waiting[1:]:
+                if sequence.num_tokens - sequence.num_computed <= left:
+                    passing.append(sequence)
+                    left -= sequence.num_tokens - sequence.num_computed
+        for sequence in (*passing, *(s for s in waiting if s not in passing)):
+            budget -= self._plan_chunk(sequence, budget, plan)
+
+    def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan) -> int:
+        """As much of a prompt as the budget has; returns how much."""
+        remaining = sequence.num_tokens - sequence.num_computed
+        num_tokens = min(remaining, budget)
+        end = self.pool.blocks_for(sequence.num_computed + num_tokens)
+        if num_tokens <= 0 or not self.pool.grow(owner_of(sequence), end):
+            return 0
+        draws = num_tokens == remaining
+        plan.rows.append(StepRow(sequence, sequence.num_computed, num_tokens, draws))
+        return num_tokens
 
     def _make_room(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> bool:
         """Grow a running answer, taking blocks from later arrivals; False where it had to give way itself."""
@@ -167,32 +281,36 @@ class Scheduler:
         )
 
     def _preempt(self, victim: Sequence, plan: StepPlan) -> None:
-        self.pool.close(owner_of(victim))
+        owner = owner_of(victim)
+        blocks = tuple(self.pool.blocks(owner)[: self.pool.blocks_for(victim.num_computed)])
+        plan.preempted.append(Preempted(victim, blocks, victim.num_computed, self.pool.rank(owner)))
+        self.pool.close(owner)
         victim.num_computed = 0
         victim.status = SequenceStatus.PREEMPTED
         self.num_preemptions += 1
-        plan.preempted.append(victim)
         plan.rows = [row for row in plan.rows if row.sequence is not victim]
 
-    def _readmit(self, sequence: Sequence, plan: StepPlan) -> bool:
+    def _readmit(self, sequence: Sequence, plan: StepPlan) -> None:
         """Give a preempted sequence blocks again where enough stay for the answers that run."""
-        if sequence in plan.preempted:
-            return False
+        owner, kept = owner_of(sequence), sequence.set_aside
         keys = self.prefix_keys(sequence.root_key, sequence.tokens)
         num_blocks = self.pool.blocks_for(sequence.num_tokens)
-        num_hit = self.pool.open(
-            owner_of(sequence), keys, num_blocks, self.num_running, sequence.bound, sequence.tenant
-        )
+        num_hit = self.pool.open(owner, keys, num_blocks, self.num_running, sequence.bound, sequence.tenant)
         if num_hit is None:
-            return False
+            return
+        sequence.status, sequence.set_aside = SequenceStatus.RUNNING, None
         sequence.num_computed = num_hit * self.pool.block_tokens
-        sequence.status = SequenceStatus.RUNNING
-        return True
+        if kept is not None and kept.num_tokens > sequence.num_computed:
+            blocks = tuple(self.pool.blocks(owner)[num_hit : self.pool.blocks_for(kept.num_tokens)])
+            plan.brought_back.append(BroughtBack(kept, num_hit, blocks))
+            self.pool.worsen(owner, kept.rank)
+            sequence.num_computed = kept.num_tokens
 
-    def computed(self, row: StepRow) -> None:
-        """Record that a row's positions are in the cache, and key the blocks that it filled."""
+    def computed(self, row: StepRow, num_drafts_kept: int = 0) -> None:
+        """Record that a row's positions are in the cache, and key the blocks that it filled. Of its guesses the first
+        `num_drafts_kept` are the sequence's tokens by now."""
         sequence = row.sequence
-        sequence.num_computed = row.start + row.num_tokens
+        sequence.num_computed = row.start + row.num_tokens - len(row.drafts) + num_drafts_kept
         self.seal(sequence)
 
     def seal(self, sequence: Sequence) -> None:

@@ -10,6 +10,7 @@ from itertools import islice
 
 import grpc
 
+from engine.drafter import Drafter
 from engine.request import Drawn, SamplingParams
 from headrace.v1 import kvtransfer_pb2, worker_pb2
 from kvtransfer.cluster_token import cluster_metadata
@@ -23,7 +24,7 @@ from worker.facts import identity_digest
 from worker.link import RouterLink
 from worker.prefixes import Brought, PrefixFetch
 from worker.service import WorkerContext
-from worker.wire import first_tokens_to_wire, sampling_params
+from worker.wire import drafting_to_wire, first_tokens_to_wire, sampling_params
 
 
 class Phase(StrEnum):
@@ -167,6 +168,7 @@ def handoff_record(prompt: Prompt, context: WorkerContext, first: Sequence[Drawn
         layout=context.engine.layout.identity(),
         penalty_boundary=len(prompt.token_ids),
         identity=identity_digest(context.identity),
+        drafting=drafting_to_wire(Drafter(prompt.token_ids).state),
     )
 
 

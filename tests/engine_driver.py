@@ -33,6 +33,7 @@ class Driver:
         self.engine = engine
         self.outcomes: dict[int, list[Outcome]] = {}
         self.cached_tokens: dict[int, int] = {}
+        self.num_drafts = self.num_drafts_kept = self.num_prefill_tokens = 0
 
     def start(self, number: int, prompt: Sequence[int], sampling: SamplingParams) -> bool:
         """False where the engine has no room now."""
@@ -47,7 +48,11 @@ class Driver:
 
     def step(self) -> None:
         """One step; requests whose choices have all ended are released."""
-        for event in self.engine.step().events:
+        result = self.engine.step()
+        self.num_drafts += result.num_drafts
+        self.num_drafts_kept += result.num_drafts_kept
+        self.num_prefill_tokens += result.num_prefill_tokens
+        for event in result.events:
             number = int.from_bytes(event.lease_id, "little")
             outcomes = self.outcomes[number]
             if isinstance(event, TokenDrawn):

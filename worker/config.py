@@ -47,6 +47,12 @@ class WorkerConfig:
     """Tokens of prompt and answer together."""
     chunk_tokens: int = 512
     max_sequences: int = 64
+    max_drafts: int = 8
+    """Guesses at an answer's next tokens in one step; 0: none."""
+    itl_s: float | None = None
+    """How long answers should at most wait for a token while prompts are computed beside them."""
+    set_aside_bytes: int = 256 << 20
+    """Host memory for the KV of answers that had to give way."""
     kv_bytes: int = 1 << 30
     cpus: tuple[int, ...] = ()
     """The engine thread's cores; their number is the number of compute threads (1 where empty)."""
@@ -97,6 +103,11 @@ class WorkerConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"WorkerConfig.{name} must be above 0, not {value}")
+        if self.max_drafts < 0 or self.set_aside_bytes < 0 or (self.itl_s is not None and self.itl_s <= 0):
+            raise ValueError(
+                f"WorkerConfig: max_drafts ({self.max_drafts}) and set_aside_bytes ({self.set_aside_bytes}) are not "
+                f"negative, itl_s ({self.itl_s}) is above 0 where it is given"
+            )
         if self.dead_after_s <= self.resume_grace_s:
             raise ValueError(
                 f"WorkerConfig.dead_after_s ({self.dead_after_s:g}) must be longer than resume_grace_s "

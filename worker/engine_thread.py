@@ -48,6 +48,10 @@ class EngineCounters:
 
     steps: int = 0
     failed_steps: int = 0
+    drafts: int = 0
+    """Guesses at tokens that were computed."""
+    drafts_kept: int = 0
+    """Those that were the tokens drawn."""
     decode_step_s: float = 0.0
     """Moving average over steps that only decode."""
     decoding: bool = False
@@ -129,6 +133,8 @@ class EngineThread:
 
     def _count(self, result: StepResult) -> None:
         self.counters.steps += 1
+        self.counters.drafts += result.num_drafts
+        self.counters.drafts_kept += result.num_drafts_kept
         self.counters.decoding = result.num_decode_rows > 0
         if result.num_decode_rows and not result.num_prefill_tokens:
             average = self.counters.decode_step_s or result.step_s

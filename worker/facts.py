@@ -110,6 +110,8 @@ def worker_report(
             preemptions=scheduler.num_preemptions,
             steps=counters.steps,
             kv=kv,
+            drafts=counters.drafts,
+            drafts_kept=counters.drafts_kept,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from engine.drafter import DraftState
 from engine.request import Drawn, FinishReason, Logprobs, SamplingParams
 from headrace.v1 import inference_pb2, kvtransfer_pb2, worker_pb2
 from kvtransfer.codecs import Fidelity
@@ -113,6 +114,19 @@ def first_tokens_from_wire(first: Sequence[kvtransfer_pb2.FirstToken]) -> list[D
         )
         for token in sorted(first, key=lambda token: token.choice)
     ]
+
+
+def drafting_to_wire(state: DraftState) -> kvtransfer_pb2.Drafting:
+    """The handoff record's part of a drafter."""
+    return kvtransfer_pb2.Drafting(follows=state.follows, hits=state.hits, misses=state.misses)
+
+
+def drafting_from_wire(handoff: kvtransfer_pb2.Handoff) -> DraftState | None:
+    """None where the record has none."""
+    if not handoff.HasField("drafting"):
+        return None
+    wire = handoff.drafting
+    return DraftState(wire.follows if wire.HasField("follows") else None, wire.hits, wire.misses)
 
 
 def _logprobs_from_wire(wire: inference_pb2.TokenLogprobs) -> Logprobs:

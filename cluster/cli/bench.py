@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.cli.console import err, out
 from cluster.problems import nearest_name, one_of
 
-NAMES = ("isolation", "handoff", "transfer", "codecs", "tiers", "engine", "router", "chaos")
+NAMES = ("isolation", "handoff", "transfer", "codecs", "tiers", "engine", "drafts", "router", "chaos")
 
 
 class Report(Protocol):

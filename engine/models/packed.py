@@ -133,7 +133,7 @@ class PackedDecoder:
             after_layer(end)
         if not batch.drawing:
             return None
-        drawing = batch.logit_rows.numpy()[: len(batch.drawing)]
+        drawing = batch.logit_rows.numpy()[: batch.num_draws]
         logits = torch.empty(len(drawing), self._model.head.num_outputs)
         run_head(self._model, self._rows, self._memory, drawing, logits.view(-1).numpy(), self._num_threads)
         return logits[:, : self._config.vocab_size]

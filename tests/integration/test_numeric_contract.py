@@ -1,9 +1,13 @@
-"""A token is a function of the tokens before it alone: batch, chunks, prefix hits and preemption change nothing."""
+"""A token is a function of the tokens before it alone: batch, chunks, prefix hits, preemption and guesses change
+nothing."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -45,13 +49,16 @@ def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 @pytest.fixture(scope="module")
 def roomy(model: Model) -> Engine:
-    """An engine with room for everything and chunks of its own; its prefix cache must not change anything either."""
-    return open_engine(model, chunk_tokens=512)
+    """An engine with room for everything, chunks of its own and no guesses; its prefix cache must not change anything
+    either."""
+    return open_engine(model, chunk_tokens=512, max_drafts=0)
 
 
 def open_engine(model: Model, **options: object) -> Engine:
+    """By its clock every step takes equally long, so that every guess that may be right pays."""
     defaults: dict[str, object] = {"max_context": MAX_CONTEXT, "kv_bytes": 32 << 20, "num_threads": 1}
-    return Engine.open(model.path, EngineOptions(precision=model.precision, **{**defaults, **options}))  # type: ignore[arg-type]
+    engine_options = EngineOptions(precision=model.precision, **{**defaults, **options})  # type: ignore[arg-type]
+    return Engine.open(model.path, engine_options, clock=count().__next__)
 
 
 def kv_bytes_of(model: Model, num_blocks: int) -> int:
@@ -96,6 +103,7 @@ def test_64_interleaved_requests_equal_each_run_alone(model: Model, roomy: Engin
             waiting.pop(0)
         driver.step()
     assert tight.scheduler.num_preemptions > 0
+    assert 0 < driver.num_drafts_kept < driver.num_drafts
     assert sum(1 for cached in driver.cached_tokens.values() if cached) > 3
 
     for number, (prompt, sampling) in enumerate(requests):
@@ -104,6 +112,60 @@ def test_64_interleaved_requests_equal_each_run_alone(model: Model, roomy: Engin
         assert [o.token_ids for o in together] == [o.token_ids for o in alone], f"request {number}"
     stats = tight.pool.stats()
     assert (stats.private, stats.pins, stats.owners, tight.num_leases) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("sampling", samplings(4), ids=["greedy", "seeded", "penalties", "choices"])
+@pytest.mark.parametrize("period", [1, 5, 40])
+def test_guesses_change_nothing(model: Model, roomy: Engine, sampling: SamplingParams, period: int) -> None:
+    prompt = [7 + index % period for index in range(120)]
+    biased = replace(sampling, logprobs=2, logit_bias=tuple((7 + i, 12.0) for i in range(period)))
+    guessing = Driver(open_engine(model))
+    guessing.start(0, prompt, biased)
+    guessing.run()
+    assert guessing.num_drafts_kept > 0 or period > 1
+    assert guessing.outcomes[0] == answer(roomy, prompt, biased)
+
+
+def test_a_stop_among_guesses_ends_the_answer_there(model: Model, roomy: Engine) -> None:
+    """The prompt foretells the token that stops, and more after it."""
+    phrase = [10, 11, 12, 13, 14, 15, 16, 17]
+    bias = tuple((token, 30.0) for token in phrase)
+    engine, ends = open_engine(model), []
+    for stop in phrase:
+        sampling = SamplingParams(
+            temperature=1.0,
+            seed=3,
+            max_tokens=60,
+            min_tokens=9,
+            stop_token_ids=frozenset({stop}),
+            logit_bias=bias,
+        )
+        guessing = answer(engine, phrase * 9, sampling)
+        assert guessing == answer(roomy, phrase * 9, sampling)
+        ends.append(guessing[0].finish)
+    assert FinishReason.STOP in ends
+
+
+@pytest.mark.parametrize("set_aside_bytes", [0, 32 << 20])
+def test_a_preempted_answer_comes_back_the_same(model: Model, roomy: Engine, set_aside_bytes: int) -> None:
+    """With room to set it aside no token of its prompt is computed again."""
+    engine = open_engine(model, kv_bytes=kv_bytes_of(model, 17), set_aside_bytes=set_aside_bytes)
+    driver = Driver(engine)
+    requests = [
+        (prompt, SamplingParams(temperature=0.8, seed=index, max_tokens=200))
+        for index, prompt in enumerate(
+            ([20] * 250, [30 + i % 9 for i in range(250)], [50 + i % 70 for i in range(250)])
+        )
+    ]
+    for number, (prompt, sampling) in enumerate(requests):
+        assert driver.start(number, prompt, sampling)
+    driver.run()
+    assert engine.scheduler.num_preemptions > 0
+    again = driver.num_prefill_tokens - sum(len(prompt) for prompt, _ in requests)
+    assert again == 0 if set_aside_bytes else again > 0
+    for number, (prompt, sampling) in enumerate(requests):
+        assert driver.outcomes[number] == answer(roomy, prompt, sampling)
+    assert engine.pool.stats().private == 0
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 100, 1024])
@@ -186,3 +248,22 @@ def test_release_in_mid_step_gives_blocks_back_when_the_step_is_applied(model: M
     assert engine.step().events == ()
     assert engine.pool.stats().private == 0
     assert not engine.has_work()
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from engine.engine import Engine, EngineOptions
+options = EngineOptions(precision="bfloat16", max_context=1024, kv_bytes=32 << 20)
+print(Engine.open(Path(sys.argv[1]), options).invariant)
+"""
+
+
+def test_bfloat16_keeps_the_contract_without_kernels_too(tmp_path: Path) -> None:
+    """In a process of its own: what oneDNN may use is settled with the first product."""
+    home = make_tiny_model(tmp_path / "tiny", max_context=MAX_CONTEXT)
+    assert not runs_packed(ModelConfig.open(home), "bfloat16", "bfloat16", torch.device("cpu"))
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(home)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.strip() == "True", done.stderr

@@ -110,7 +110,7 @@ def test_more_memory_than_the_machine_has_names_the_place() -> None:
     model = ModelFacts(weights_bytes=GIB)
     (problem,) = problems_of("prefill: {}\ndecode: {kv_memory: 40GiB}\n", machine(2), model=model)
     assert problem.path == ("decode", "kv_memory")
-    assert problem.message == "2 workers on vm want 44.0GiB of KV blocks and weights, it has 24.0GiB"
+    assert problem.message == "2 workers on vm want 44.2GiB of KV blocks and weights, it has 24.0GiB"
 
 
 SMOLLM2 = ModelFacts(weights_bytes=538 << 20, max_context=8192, kv_values_per_token=2 * 30 * 3 * 64)
@@ -193,12 +193,24 @@ def test_a_router_on_loopback_cannot_serve_other_machines() -> None:
     assert "0.0.0.0:8460" in problem.expected
 
 
+def test_answering_workers_are_told_of_guesses_waiting_and_room() -> None:
+    sections = "prefill: {}\ndecode: {max_drafts: 0, set_aside_memory: 1GiB}\nrouter: {slo: {itl: 50ms}}\n"
+    loaded = parse_profile(HEAD + sections, "p.yaml")
+    result = plan(loaded, [machine(2)])
+    wiring = Wiring(loaded.profile, result, "tiny", "tiny", b"s" * 32)
+    prefill, decode = (wiring.worker_config(worker) for worker in result.workers)
+    assert (decode.max_drafts, decode.set_aside_bytes, decode.itl_s) == (0, GIB, 0.05)
+    assert (prefill.max_drafts, prefill.set_aside_bytes) == (0, 0)
+    (alone,) = planned("colocated: {kv_memory: 400MiB}\n").workers
+    assert (alone.max_drafts, alone.set_aside_bytes) == (8, 100 << 20)
+
+
 def test_what_is_read_and_not_built_is_noted_with_its_place() -> None:
     sections = "colocated: {}\nrouter: {policy: cost, slo: {ttft: 2s}}\n"
     notices = planned(sections).notices
     assert [notice.path for notice in notices] == [
         ("router", "policy"),
-        ("router", "slo"),
+        ("router", "slo", "ttft"),
     ]
 
 
@@ -222,11 +234,8 @@ def test_the_host_tier_counts_against_the_machine_s_memory() -> None:
     assert problem.path == ("colocated", "kv_memory") and "the host tier" in problem.message
 
 
-def test_bfloat16_workers_keep_to_kernels_without_amx() -> None:
-    worker = planned("colocated: {}\n").workers[0]
-    assert environment(worker, "bfloat16")["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_BF16"
-    assert "ONEDNN_MAX_CPU_ISA" not in environment(worker, "float32")
-    assert environment(worker, "float32")["OMP_NUM_THREADS"] == "2"
+def test_a_worker_computes_with_as_many_threads_as_it_has_cores() -> None:
+    assert environment(planned("colocated: {}\n").workers[0])["OMP_NUM_THREADS"] == "2"
 
 
 def test_show_prints_a_profile_that_plans_to_the_same() -> None:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.drafter import Drafter
 from engine.pool import BlockPool
 from engine.request import SamplingParams, Sequence, SequenceStatus
-from engine.scheduler import Scheduler, StepPlan, owner_of
+from engine.scheduler import Scheduler, StepLimits, StepPlan, owner_of
 
 pytestmark = pytest.mark.unit
 
 BLOCK = 4
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An engine.request.SetAside without its planes."""
+
+    num_tokens: int
+    rank: int
+
+
 def make(
     num_blocks: int, chunk_tokens: int = 8, max_sequences: int = 8, tenant_share: float = 1.0
 ) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks, BLOCK, tenant_share), chunk_tokens, max_sequences)
+    return Scheduler(BlockPool(num_blocks, BLOCK, tenant_share), StepLimits(chunk_tokens, max_sequences))
 
 
 def admit(
@@ -137,6 +147,135 @@ def test_a_tenant_at_its_share_makes_room_among_its_own() -> None:
         run(scheduler, scheduler.schedule())
     assert scheduler.num_preemptions == 1
     assert [first.status, other.status] == [SequenceStatus.RUNNING] * 2
+
+
+def drafting(scheduler: Scheduler, sequence: Sequence) -> Drafter:
+    """Give a sequence a drafter that expects its tokens to go on 0, 1, 2, 0, 1, 2, …"""
+    sequence.tokens += [0, 1, 2] * 4
+    scheduler.pool.grow(owner_of(sequence), scheduler.pool.blocks_for(sequence.num_tokens + 3))
+    sequence.num_computed = sequence.num_tokens - 1
+    scheduler.seal(sequence)
+    sequence.drafter = Drafter(sequence.tokens)
+    return sequence.drafter
+
+
+def with_drafts(**limits: int) -> Scheduler:
+    scheduler = Scheduler(
+        BlockPool(32, BLOCK),
+        StepLimits(**{"chunk_tokens": 64, "max_sequences": 8, "max_drafts": 6, **limits}),
+    )
+    for num_rows in (1, 7):  # a row more costs nothing
+        scheduler.pace.observe(num_rows, 0, 1.0)
+    return scheduler
+
+
+def test_guesses_lengthen_an_answer_as_far_as_its_blocks_reach() -> None:
+    scheduler = with_drafts()
+    sequence = admit(scheduler, "a", 3)
+    sequence.sampling = SamplingParams(max_tokens=100)
+    drafting(scheduler, sequence)
+    (row,) = scheduler.schedule().rows
+    room = len(scheduler.pool.blocks(b"a")) * BLOCK - sequence.num_tokens
+    assert row.drafts == (0, 1, 2, 0, 1, 2)[:room]
+    assert (row.start, row.num_tokens, row.is_answer) == (sequence.num_computed, 1 + room, True)
+    sequence.tokens += [0, 9]
+    scheduler.computed(row, num_drafts_kept=1)
+    assert sequence.num_computed == sequence.num_tokens - 1
+    assert len(scheduler.pool.keys(b"a")) == sequence.num_computed // BLOCK
+
+
+@pytest.mark.parametrize("limits", [{"max_context": 16}, {"max_drafts": 1}, {"chunk_tokens": 33}])
+def test_guesses_stay_within_every_limit(limits: dict[str, int]) -> None:
+    scheduler = with_drafts(**limits)
+    sequence = admit(scheduler, "a", 3)
+    sequence.sampling = SamplingParams(max_tokens=100)
+    drafting(scheduler, sequence)
+    (row,) = scheduler.schedule().rows
+    assert len(row.drafts) == 1
+
+
+def test_an_answer_that_ends_with_the_next_token_gets_no_guesses() -> None:
+    scheduler = with_drafts()
+    sequence = admit(scheduler, "a", 3)
+    sequence.sampling = SamplingParams(max_tokens=13)
+    drafting(scheduler, sequence)
+    assert scheduler.schedule().rows[0].drafts == ()
+
+
+def test_prompts_have_what_guesses_leave_of_the_budget() -> None:
+    scheduler = with_drafts(chunk_tokens=40)
+    sequence = admit(scheduler, "a", 3)
+    sequence.sampling = SamplingParams(max_tokens=100)
+    drafting(scheduler, sequence)
+    admit(scheduler, "b", 60, seed=1)
+    answer, prompt = scheduler.schedule().rows
+    assert answer.drafts
+    assert prompt.num_tokens == 40 - len(answer.drafts)
+
+
+def test_chunks_beside_answers_are_as_long_as_these_can_wait() -> None:
+    limits = StepLimits(chunk_tokens=512, max_sequences=8, itl_s=0.1)
+    scheduler = Scheduler(BlockPool(1024, BLOCK), limits)
+    answer = admit(scheduler, "a", 3)
+    run(scheduler, scheduler.schedule())
+    admit(scheduler, "b", 3000, seed=1)
+    assert rows(scheduler.schedule())[1] == ("b", 0, 32)  # nothing is known of prompts yet
+    scheduler.pace.observe(1, 0, 0.020)
+    scheduler.pace.observe(1, 100, 0.020 + 0.050)
+    assert rows(scheduler.schedule())[1] == ("b", 0, 160)  # 80 ms at 2,000 tokens/s
+    for _ in range(20):
+        scheduler.pace.observe(1, 100, 5.0)
+    assert rows(scheduler.schedule())[1] == ("b", 0, 32)  # never nothing
+    scheduler.remove(answer, SequenceStatus.FINISHED)
+    assert rows(scheduler.schedule()) == [("b", 0, 512)]
+
+
+def test_short_prompts_pass_a_long_one_that_keeps_half_of_every_chunk() -> None:
+    scheduler = Scheduler(BlockPool(256, BLOCK), StepLimits(chunk_tokens=16, max_sequences=64))
+    long = admit(scheduler, "long", 160)
+    names = iter(range(100))
+    for _ in range(20):
+        while sum(s.num_tokens - s.num_computed for s in scheduler.sequences if s is not long) < 24:
+            admit(scheduler, f"s{(number := next(names))}", 5, seed=number)
+        before = long.num_computed
+        plan = scheduler.schedule()
+        of_long = sum(row.num_tokens for row in plan.rows if row.sequence is long)
+        assert of_long >= min(8, long.num_tokens - long.num_computed)
+        assert sum(row.num_tokens for row in plan.rows) <= 16
+        assert any(row.sequence is not long and row.draws for row in plan.rows)
+        run(scheduler, plan)
+        assert long.num_computed == before + of_long
+        for sequence in [s for s in scheduler.sequences if s is not long and s.num_generated]:
+            scheduler.remove(sequence, SequenceStatus.FINISHED)
+            scheduler.pool.close(owner_of(sequence))
+        if long.num_generated:
+            break
+    assert long.num_generated == 1
+
+
+def test_what_was_set_aside_comes_back_behind_what_is_still_cached() -> None:
+    scheduler = make(6)
+    older, newer = admit(scheduler, "a", 10), admit(scheduler, "b", 9, seed=1)
+    gave_way = []
+    while not gave_way:
+        plan = scheduler.schedule()
+        gave_way = plan.preempted
+        run(scheduler, plan)
+    (preempted,) = gave_way
+    assert preempted.sequence is newer
+    assert preempted.num_tokens == newer.num_tokens - 1
+    assert len(preempted.blocks) == scheduler.pool.blocks_for(preempted.num_tokens)
+    newer.set_aside = Kept(preempted.num_tokens, rank=2)
+    assert scheduler.spare_blocks == 1 + scheduler.pool.blocks_for(newer.num_tokens)
+    scheduler.remove(older, SequenceStatus.FINISHED)
+    scheduler.pool.close(owner_of(older))
+    plan = scheduler.schedule()
+    (back,) = plan.brought_back
+    assert back.blocks == tuple(scheduler.pool.blocks(b"b")[back.first_block : len(preempted.blocks)])
+    assert scheduler.pool.rank(b"b") == 2
+    assert newer.set_aside is None
+    run(scheduler, scheduler.schedule())  # as an answer, from the next step on
+    assert newer.num_computed == newer.num_tokens - 1
 
 
 def test_a_prompt_that_is_pushed_elsewhere_keeps_its_blocks() -> None:

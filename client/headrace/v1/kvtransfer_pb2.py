@@ -26,35 +26,37 @@ from headrace.v1 import inference_pb2 as headrace_dot_v1_dot_inference__pb2
 from headrace.v1 import worker_pb2 as headrace_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cheadrace/v1/kvtransfer.proto\x12\x0bheadrace.v1\x1a\x1bheadrace/v1/inference.proto\x1a\x18headrace/v1/worker.proto\"[\n\x08LeaseRef\x12\x10\n\x08lease_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0csender_epoch\x18\x03 \x01(\x06\x12\x16\n\x0ereceiver_epoch\x18\x04 \x01(\x06\"C\n\rManifestEntry\x12\r\n\x05\x66rame\x18\x01 \x01(\r\x12\x11\n\traw_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"\x81\x02\n\x07Handoff\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.headrace.v1.RequestKey\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12-\n\x0c\x66irst_tokens\x18\x03 \x03(\x0b\x32\x17.headrace.v1.FirstToken\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x15\n\rhandoff_major\x18\x05 \x01(\r\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x15\n\rsampler_state\x18\x07 \x01(\x0c\x12\x18\n\x10penalty_boundary\x18\x08 \x01(\r\x12\x14\n\x0c\x63odec_reason\x18\n \x01(\t\x12\x10\n\x08identity\x18\t \x01(\t\"\x89\x01\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12,\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12+\n\x08\x66inished\x18\x04 \x01(\x0e\x32\x19.headrace.v1.FinishReason\"\x9f\x01\n\rCommitRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.headrace.v1.LeaseRef\x12,\n\x08manifest\x18\x02 \x03(\x0b\x32\x1a.headrace.v1.ManifestEntry\x12%\n\x07handoff\x18\x03 \x01(\x0b\x32\x14.headrace.v1.Handoff\x12\x13\n\x0bremaining_s\x18\x04 \x01(\x01\"`\n\x0e\x43ommitResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.headrace.v1.LeaseState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x16\n\x0emissing_frames\x18\x03 \x03(\r\"C\n\x0c\x41\x62ortRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.headrace.v1.LeaseRef\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\"7\n\rAbortResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.headrace.v1.LeaseState\"4\n\x0cRenewRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.headrace.v1.LeaseRef\"F\n\rRenewResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.headrace.v1.LeaseState\x12\r\n\x05ttl_s\x18\x02 \x01(\x01*\xc2\x01\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LEASE_STATE_GRANTED\x10\x01\x12\x17\n\x13LEASE_STATE_FILLING\x10\x02\x12\x19\n\x15LEASE_STATE_COMMITTED\x10\x03\x12\x18\n\x14LEASE_STATE_RELEASED\x10\x04\x12\x17\n\x13LEASE_STATE_ABORTED\x10\x05\x12\x17\n\x13LEASE_STATE_EXPIRED\x10\x06\x32\xcf\x01\n\nKvTransfer\x12\x41\n\x06\x43ommit\x12\x1a.headrace.v1.CommitRequest\x1a\x1b.headrace.v1.CommitResponse\x12>\n\x05\x41\x62ort\x12\x19.headrace.v1.AbortRequest\x1a\x1a.headrace.v1.AbortResponse\x12>\n\x05Renew\x12\x19.headrace.v1.RenewRequest\x1a\x1a.headrace.v1.RenewResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cheadrace/v1/kvtransfer.proto\x12\x0bheadrace.v1\x1a\x1bheadrace/v1/inference.proto\x1a\x18headrace/v1/worker.proto\"[\n\x08LeaseRef\x12\x10\n\x08lease_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0csender_epoch\x18\x03 \x01(\x06\x12\x16\n\x0ereceiver_epoch\x18\x04 \x01(\x06\"C\n\rManifestEntry\x12\r\n\x05\x66rame\x18\x01 \x01(\r\x12\x11\n\traw_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\"\xaa\x02\n\x07Handoff\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.headrace.v1.RequestKey\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12-\n\x0c\x66irst_tokens\x18\x03 \x03(\x0b\x32\x17.headrace.v1.FirstToken\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x15\n\rhandoff_major\x18\x05 \x01(\r\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\x15\n\rsampler_state\x18\x07 \x01(\x0c\x12\x18\n\x10penalty_boundary\x18\x08 \x01(\r\x12\x14\n\x0c\x63odec_reason\x18\n \x01(\t\x12\'\n\x08\x64rafting\x18\x0b \x01(\x0b\x32\x15.headrace.v1.Drafting\x12\x10\n\x08identity\x18\t \x01(\t\"J\n\x08\x44rafting\x12\x14\n\x07\x66ollows\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04hits\x18\x02 \x01(\x01\x12\x0e\n\x06misses\x18\x03 \x01(\x01\x42\n\n\x08_follows\"\x89\x01\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12,\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1a.headrace.v1.TokenLogprobs\x12+\n\x08\x66inished\x18\x04 \x01(\x0e\x32\x19.headrace.v1.FinishReason\"\x9f\x01\n\rCommitRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.headrace.v1.LeaseRef\x12,\n\x08manifest\x18\x02 \x03(\x0b\x32\x1a.headrace.v1.ManifestEntry\x12%\n\x07handoff\x18\x03 \x01(\x0b\x32\x14.headrace.v1.Handoff\x12\x13\n\x0bremaining_s\x18\x04 \x01(\x01\"`\n\x0e\x43ommitResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.headrace.v1.LeaseState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x16\n\x0emissing_frames\x18\x03 \x03(\r\"C\n\x0c\x41\x62ortRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.headrace.v1.LeaseRef\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\"7\n\rAbortResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.headrace.v1.LeaseState\"4\n\x0cRenewRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.headrace.v1.LeaseRef\"F\n\rRenewResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.headrace.v1.LeaseState\x12\r\n\x05ttl_s\x18\x02 \x01(\x01*\xc2\x01\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LEASE_STATE_GRANTED\x10\x01\x12\x17\n\x13LEASE_STATE_FILLING\x10\x02\x12\x19\n\x15LEASE_STATE_COMMITTED\x10\x03\x12\x18\n\x14LEASE_STATE_RELEASED\x10\x04\x12\x17\n\x13LEASE_STATE_ABORTED\x10\x05\x12\x17\n\x13LEASE_STATE_EXPIRED\x10\x06\x32\xcf\x01\n\nKvTransfer\x12\x41\n\x06\x43ommit\x12\x1a.headrace.v1.CommitRequest\x1a\x1b.headrace.v1.CommitResponse\x12>\n\x05\x41\x62ort\x12\x19.headrace.v1.AbortRequest\x1a\x1a.headrace.v1.AbortResponse\x12>\n\x05Renew\x12\x19.headrace.v1.RenewRequest\x1a\x1a.headrace.v1.RenewResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.kvtransfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASESTATE']._serialized_start=1175
-  _globals['_LEASESTATE']._serialized_end=1369
+  _globals['_LEASESTATE']._serialized_start=1292
+  _globals['_LEASESTATE']._serialized_end=1486
   _globals['_LEASEREF']._serialized_start=100
   _globals['_LEASEREF']._serialized_end=191
   _globals['_MANIFESTENTRY']._serialized_start=193
   _globals['_MANIFESTENTRY']._serialized_end=260
   _globals['_HANDOFF']._serialized_start=263
-  _globals['_HANDOFF']._serialized_end=520
-  _globals['_FIRSTTOKEN']._serialized_start=523
-  _globals['_FIRSTTOKEN']._serialized_end=660
-  _globals['_COMMITREQUEST']._serialized_start=663
-  _globals['_COMMITREQUEST']._serialized_end=822
-  _globals['_COMMITRESPONSE']._serialized_start=824
-  _globals['_COMMITRESPONSE']._serialized_end=920
-  _globals['_ABORTREQUEST']._serialized_start=922
-  _globals['_ABORTREQUEST']._serialized_end=989
-  _globals['_ABORTRESPONSE']._serialized_start=991
-  _globals['_ABORTRESPONSE']._serialized_end=1046
-  _globals['_RENEWREQUEST']._serialized_start=1048
-  _globals['_RENEWREQUEST']._serialized_end=1100
-  _globals['_RENEWRESPONSE']._serialized_start=1102
-  _globals['_RENEWRESPONSE']._serialized_end=1172
-  _globals['_KVTRANSFER']._serialized_start=1372
-  _globals['_KVTRANSFER']._serialized_end=1579
+  _globals['_HANDOFF']._serialized_end=561
+  _globals['_DRAFTING']._serialized_start=563
+  _globals['_DRAFTING']._serialized_end=637
+  _globals['_FIRSTTOKEN']._serialized_start=640
+  _globals['_FIRSTTOKEN']._serialized_end=777
+  _globals['_COMMITREQUEST']._serialized_start=780
+  _globals['_COMMITREQUEST']._serialized_end=939
+  _globals['_COMMITRESPONSE']._serialized_start=941
+  _globals['_COMMITRESPONSE']._serialized_end=1037
+  _globals['_ABORTREQUEST']._serialized_start=1039
+  _globals['_ABORTREQUEST']._serialized_end=1106
+  _globals['_ABORTRESPONSE']._serialized_start=1108
+  _globals['_ABORTRESPONSE']._serialized_end=1163
+  _globals['_RENEWREQUEST']._serialized_start=1165
+  _globals['_RENEWREQUEST']._serialized_end=1217
+  _globals['_RENEWRESPONSE']._serialized_start=1219
+  _globals['_RENEWRESPONSE']._serialized_end=1289
+  _globals['_KVTRANSFER']._serialized_start=1489
+  _globals['_KVTRANSFER']._serialized_end=1696
 # @@protoc_insertion_point(module_scope)

@@ -49,7 +49,7 @@ class ManifestEntry(_message.Message):
     def __init__(self, frame: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Handoff(_message.Message):
-    __slots__ = ("key", "num_tokens", "first_tokens", "codec", "handoff_major", "layout", "sampler_state", "penalty_boundary", "codec_reason", "identity")
+    __slots__ = ("key", "num_tokens", "first_tokens", "codec", "handoff_major", "layout", "sampler_state", "penalty_boundary", "codec_reason", "drafting", "identity")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,7 @@ class Handoff(_message.Message):
     SAMPLER_STATE_FIELD_NUMBER: _ClassVar[int]
     PENALTY_BOUNDARY_FIELD_NUMBER: _ClassVar[int]
     CODEC_REASON_FIELD_NUMBER: _ClassVar[int]
+    DRAFTING_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     key: _worker_pb2.RequestKey
     num_tokens: int
@@ -69,8 +70,19 @@ class Handoff(_message.Message):
     sampler_state: bytes
     penalty_boundary: int
     codec_reason: str
+    drafting: Drafting
     identity: str
-    def __init__(self, key: _Optional[_Union[_worker_pb2.RequestKey, _Mapping]] = ..., num_tokens: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., codec: _Optional[str] = ..., handoff_major: _Optional[int] = ..., layout: _Optional[str] = ..., sampler_state: _Optional[bytes] = ..., penalty_boundary: _Optional[int] = ..., codec_reason: _Optional[str] = ..., identity: _Optional[str] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[_worker_pb2.RequestKey, _Mapping]] = ..., num_tokens: _Optional[int] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ..., codec: _Optional[str] = ..., handoff_major: _Optional[int] = ..., layout: _Optional[str] = ..., sampler_state: _Optional[bytes] = ..., penalty_boundary: _Optional[int] = ..., codec_reason: _Optional[str] = ..., drafting: _Optional[_Union[Drafting, _Mapping]] = ..., identity: _Optional[str] = ...) -> None: ...
+
+class Drafting(_message.Message):
+    __slots__ = ("follows", "hits", "misses")
+    FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    follows: int
+    hits: float
+    misses: float
+    def __init__(self, follows: _Optional[int] = ..., hits: _Optional[float] = ..., misses: _Optional[float] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("choice", "token_id", "logprobs", "finished")

@@ -333,7 +333,7 @@ class KvReport(_message.Message):
     def __init__(self, pushed_bytes_by_codec: _Optional[_Mapping[str, int]] = ..., pushed_bytes_by_carrier: _Optional[_Mapping[str, int]] = ..., pushed_wire_bytes: _Optional[int] = ..., last_reason_by_codec: _Optional[_Mapping[str, str]] = ..., fetched_tokens_by_source: _Optional[_Mapping[str, int]] = ..., write_backs_dropped: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("state", "running_sequences", "waiting_sequences", "queued_prefill_tokens", "free_blocks", "private_blocks", "cached_blocks", "pins", "leases", "step_s", "refused_stale", "preemptions", "steps", "kv")
+    __slots__ = ("state", "running_sequences", "waiting_sequences", "queued_prefill_tokens", "free_blocks", "private_blocks", "cached_blocks", "pins", "leases", "step_s", "refused_stale", "preemptions", "steps", "kv", "drafts", "drafts_kept")
     STATE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -348,6 +348,8 @@ class WorkerReport(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_KEPT_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     running_sequences: int
     waiting_sequences: int
@@ -362,4 +364,6 @@ class WorkerReport(_message.Message):
     preemptions: int
     steps: int
     kv: KvReport
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., private_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., pins: _Optional[int] = ..., leases: _Optional[int] = ..., step_s: _Optional[float] = ..., refused_stale: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., kv: _Optional[_Union[KvReport, _Mapping]] = ...) -> None: ...
+    drafts: int
+    drafts_kept: int
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., private_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., pins: _Optional[int] = ..., leases: _Optional[int] = ..., step_s: _Optional[float] = ..., refused_stale: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., kv: _Optional[_Union[KvReport, _Mapping]] = ..., drafts: _Optional[int] = ..., drafts_kept: _Optional[int] = ...) -> None: ...
