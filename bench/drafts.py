@@ -26,7 +26,7 @@ PROMPT_TOKENS = 320
 CUE_TOKENS = 12
 ANSWER_TOKENS = 160
 NUM_TEXTS = 8
-RUNS = 3
+RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
