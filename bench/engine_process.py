@@ -42,7 +42,11 @@ def measure(precision: str, num_threads: int) -> dict[str, float]:
     model_dir = resolve(MODEL)
     imported_mib = _peak_rss_mib()
     options = EngineOptions(
-        precision=precision, num_threads=num_threads, kv_bytes=KV_BYTES, max_context=max(PROMPTS) + 64
+        precision=precision,
+        num_threads=num_threads,
+        kv_bytes=KV_BYTES,
+        max_context=max(PROMPTS) + 64,
+        max_drafts=0,  # a step is a token of each answer (`headrace bench drafts` measures guesses)
     )
     engine = Engine.open(model_dir, options)
     ready_s = time.time() - psutil.Process().create_time()

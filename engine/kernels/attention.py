@@ -15,21 +15,18 @@ import numpy as np
 
 from engine.kernels.functions import exp_of_negative, transpose
 from engine.kernels.lanes import (
-    bfloat16,
-    fma,
-    high_half,
     kernel,
     lanes_from,
     larger,
     largest,
     load,
-    low_half,
     pairs,
     splat,
     store,
     total,
     where_at_most,
 )
+from engine.kernels.outer import add_outer
 from engine.kernels.tiles import add_product_of_bfloat16, clear, fetch, put
 from kvtransfer.compiled import Array
 
@@ -38,11 +35,12 @@ MASKED = np.float32(-1e30)  # finite: a row that a block masks as a whole then w
 
 
 class AttentionScratch(NamedTuple):
-    """One thread's. With R rows, BLOCK · group rounded up to 16, and head size D: queries uint16 [R · D];
-    keys, values uint16 [KEYS · D], packed for tiles; scores float32 [R · KEYS]; weights uint16 [R · KEYS];
-    output float32 [R · D], sums float32 [R · 16], peaks float32 [R]."""
+    """One thread's. With R rows, BLOCK · group rounded up to 16, and head size D: queries uint16 [R · D], without
+    tiles wide_queries float32 [R · D]; keys, values uint16 [KEYS · D], packed for tiles; scores float32 [R · KEYS];
+    weights uint16 [R · KEYS]; output float32 [R · D], sums float32 [R · 16], peaks float32 [R]."""
 
     queries: Array
+    wide_queries: Array
     keys: Array
     values: Array
     scores: Array
@@ -83,7 +81,10 @@ def attend(
         source = ((first_row + token) * num_heads + first_head) * size
         target = token * group * size
         for i in range(0, group * size, 16):
-            store(scratch.queries, target + i, load(queries, source + i))
+            if in_tiles:
+                store(scratch.queries, target + i, load(queries, source + i))
+            else:
+                store(scratch.wide_queries, target + i, load(queries, source + i))
     zero = splat(np.float32(0))
     for i in range(0, num_rows * size, 16):
         store(scratch.output, i, zero)
@@ -153,10 +154,12 @@ def _add_block_in_lanes(
     scratch: AttentionScratch, first: int, num_used: int, group: int, size: int, behind: int
 ) -> None:
     """The same on a processor without tiles; weights stay float32, in the place of the scores."""
-    for row in range(first, num_used, 4):
-        _score_in_lanes(scratch.queries, row, size, scratch.keys.view(np.int32), scratch.scores)
-        _weigh(scratch, row, min(4, num_used - row), group, size, behind, False)
-        _add_values_in_lanes(scratch.scores, row, size, scratch.values.view(np.int32), scratch.output)
+    keys, values = scratch.keys.view(np.int32), scratch.values.view(np.int32)
+    for row in range(first, num_used, 8):
+        count = min(8, num_used - row)
+        _score_in_lanes(scratch, row, count > 4, size, keys)
+        _weigh(scratch, row, count, group, size, behind, False)
+        _add_values_in_lanes(scratch, row, count > 4, size, values)
 
 
 @kernel
@@ -272,73 +275,34 @@ def _add_values(scratch: AttentionScratch, row: int, num_rows: int, size: int) -
 
 
 @kernel
-def _score_in_lanes(queries: Array, row: int, size: int, keys: Array, scores: Array) -> None:
-    """Of 4 rows. keys: as packed, two numbers of a key in each int32."""
+def _score_in_lanes(scratch: AttentionScratch, row: int, of_eight: bool, size: int, keys: Array) -> None:
+    """Of 8 rows, or of 4. keys: as packed, two numbers of a key in each int32."""
     zero = splat(np.float32(0))
-    q0, q1, q2, q3 = row * size, (row + 1) * size, (row + 2) * size, (row + 3) * size
+    for i in range(row * KEYS, (row + (8 if of_eight else 4)) * KEYS, 16):
+        store(scratch.scores, i, zero)
     for key in range(0, KEYS, 32):
-        here, other = key * size // 2, (key + 16) * size // 2
-        a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
-        for i in range(0, size, 2):
-            x0, x1, x2, x3 = (
-                splat(bfloat16(queries[q0 + i])),
-                splat(bfloat16(queries[q1 + i])),
-                splat(bfloat16(queries[q2 + i])),
-                splat(bfloat16(queries[q3 + i])),
-            )
-            y0, y1, y2, y3 = (
-                splat(bfloat16(queries[q0 + i + 1])),
-                splat(bfloat16(queries[q1 + i + 1])),
-                splat(bfloat16(queries[q2 + i + 1])),
-                splat(bfloat16(queries[q3 + i + 1])),
-            )
-            pair = load(keys, here + i * 8)
-            low, high = low_half(pair), high_half(pair)
-            a0, a1 = fma(y0, high, fma(x0, low, a0)), fma(y1, high, fma(x1, low, a1))
-            a2, a3 = fma(y2, high, fma(x2, low, a2)), fma(y3, high, fma(x3, low, a3))
-            pair = load(keys, other + i * 8)
-            low, high = low_half(pair), high_half(pair)
-            b0, b1 = fma(y0, high, fma(x0, low, b0)), fma(y1, high, fma(x1, low, b1))
-            b2, b3 = fma(y2, high, fma(x2, low, b2)), fma(y3, high, fma(x3, low, b3))
-        _store_four(scores, row * KEYS + key, KEYS, a0, a1, a2, a3)
-        _store_four(scores, row * KEYS + key + 16, KEYS, b0, b1, b2, b3)
+        at, other, to = key * size // 2, (key + 16) * size // 2, row * KEYS + key
+        queries, scores = scratch.wide_queries, scratch.scores
+        if of_eight:
+            add_outer(8, queries, row * size, size, keys, at, other, size // 2, scores, to, KEYS)
+        else:
+            add_outer(4, queries, row * size, size, keys, at, other, size // 2, scores, to, KEYS)
 
 
 @kernel
-def _add_values_in_lanes(weights: Array, row: int, size: int, values: Array, output: Array) -> None:
-    """To the outputs of 4 rows. values: as packed, the same number of two keys in each int32."""
-    w0, w1, w2, w3 = row * KEYS, (row + 1) * KEYS, (row + 2) * KEYS, (row + 3) * KEYS
+def _add_values_in_lanes(
+    scratch: AttentionScratch, row: int, of_eight: bool, size: int, values: Array
+) -> None:
+    """To the outputs of 8 rows, or of 4. values: as packed, the same number of two keys in each int32."""
+    weights, output = scratch.scores, scratch.output
     for first in range(0, size, 32):
-        at = row * size + first
-        a0, a1 = load(output, at), load(output, at + size)
-        a2, a3 = load(output, at + 2 * size), load(output, at + 3 * size)
-        b0, b1 = load(output, at + 16), load(output, at + size + 16)
-        b2, b3 = load(output, at + 2 * size + 16), load(output, at + 3 * size + 16)
-        for key in range(0, KEYS, 2):
+        for key in range(0, KEYS, 32):
             # Tiles of 32 keys, in them tiles of 16 numbers, in them a row for each pair of keys.
-            here = key // 32 * 16 * size + first * 16 + key % 32 * 8
-            x0, x1, x2, x3 = (
-                splat(weights[w0 + key]),
-                splat(weights[w1 + key]),
-                splat(weights[w2 + key]),
-                splat(weights[w3 + key]),
-            )
-            y0, y1, y2, y3 = (
-                splat(weights[w0 + key + 1]),
-                splat(weights[w1 + key + 1]),
-                splat(weights[w2 + key + 1]),
-                splat(weights[w3 + key + 1]),
-            )
-            pair = load(values, here)
-            low, high = low_half(pair), high_half(pair)
-            a0, a1 = fma(y0, high, fma(x0, low, a0)), fma(y1, high, fma(x1, low, a1))
-            a2, a3 = fma(y2, high, fma(x2, low, a2)), fma(y3, high, fma(x3, low, a3))
-            pair = load(values, here + 256)
-            low, high = low_half(pair), high_half(pair)
-            b0, b1 = fma(y0, high, fma(x0, low, b0)), fma(y1, high, fma(x1, low, b1))
-            b2, b3 = fma(y2, high, fma(x2, low, b2)), fma(y3, high, fma(x3, low, b3))
-        _store_four(output, at, size, a0, a1, a2, a3)
-        _store_four(output, at + 16, size, b0, b1, b2, b3)
+            at, x, to = key * size // 2 + first * 16, row * KEYS + key, row * size + first
+            if of_eight:
+                add_outer(8, weights, x, KEYS, values, at, at + 256, 16, output, to, size)
+            else:
+                add_outer(4, weights, x, KEYS, values, at, at + 256, 16, output, to, size)
 
 
 @kernel

@@ -171,6 +171,7 @@ def _mine(memory: Memory, num_rows: int) -> Mine:
     me, num_threads, all_of = thread_index(), team_size(), memory.attention
     attention = AttentionScratch(
         all_of.queries[me],
+        all_of.wide_queries[me],
         all_of.keys[me],
         all_of.values[me],
         all_of.scores[me],

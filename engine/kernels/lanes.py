@@ -175,15 +175,28 @@ def splat(typing: Any, number: Any) -> Any:
     kind = {types.float32: floats, types.int32: ints}[number]
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return _splat(builder, FLOATS if kind is floats else INTS, args[0])
+        return spread(builder, FLOATS if kind is floats else INTS, args[0])
 
     return kind(number), generate
 
 
-def _splat(builder: ir.IRBuilder, vector: Any, number: Any) -> Any:
+def spread(builder: ir.IRBuilder, vector: Any, number: Any) -> Any:
+    """16 times the same number."""
     nothing = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(nothing, number, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, nothing, whole(0))
+
+
+def halves(builder: ir.IRBuilder, bits: Any) -> tuple[Any, Any]:
+    """The lower and the upper 16 bits of each lane, taken as bfloat16."""
+    return _widened(builder, bits), builder.bitcast(builder.and_(bits, whole(-65536)), FLOATS)
+
+
+def byte_products(builder: ir.IRBuilder, total: Any, fours: Any, weights: Any) -> Any:
+    """total + in each lane the four uint8 of `fours` times the four int8 of `weights`, all of them INTS."""
+    # Since LLVM 22 the operands are bytes.
+    as_bytes = [builder.bitcast(value, _BYTES) for value in (fours, weights)]
+    return call(builder, "llvm.x86.avx512.vpdpbusd.512", INTS, [total, *as_bytes])
 
 
 @intrinsic
@@ -229,30 +242,6 @@ def number_of(typing: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), generate
-
-
-@intrinsic
-def bfloat16(typing: Any, bits: Any) -> Any:
-    """The float32 that is the bfloat16 with these bits."""
-
-    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        wide = builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16))
-        return builder.bitcast(wide, ir.FloatType())
-
-    return types.float32(types.uint16), generate
-
-
-@intrinsic
-def add_products_of_bytes(typing: Any, total: Any, fours: Any, array: Any, index: Any) -> Any:
-    """total + in each lane the four uint8 of `fours` times the four int8 at `index` + 4 · lane of an array of bytes."""
-
-    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        weights = load_from(builder, address(context, builder, sig.args[2], args[2], args[3], INTS))
-        # Since LLVM 22 the operands are bytes.
-        as_bytes = [builder.bitcast(value, _BYTES) for value in (args[1], weights)]
-        return call(builder, "llvm.x86.avx512.vpdpbusd.512", INTS, [args[0], *as_bytes])
-
-    return ints(ints, ints, array, types.intp), generate
 
 
 @intrinsic
@@ -322,31 +311,11 @@ def pairs(typing: Any, array: Any, index: Any, other: Any) -> Any:
 
 
 @intrinsic
-def low_half(typing: Any, a: Any) -> Any:
-    """The lower 16 bits of each lane, taken as bfloat16."""
-
-    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return _widened(builder, args[0])
-
-    return floats(ints), generate
-
-
-@intrinsic
-def high_half(typing: Any, a: Any) -> Any:
-    """The upper 16 bits of each lane, taken as bfloat16."""
-
-    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.bitcast(builder.and_(args[0], whole(-65536)), FLOATS)
-
-    return floats(ints), generate
-
-
-@intrinsic
 def lanes_from(typing: Any, first: Any) -> Any:
     """first, first + 1, …"""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.add(_splat(builder, INTS, args[0]), ir.Constant(INTS, list(range(LANES))))
+        return builder.add(spread(builder, INTS, args[0]), ir.Constant(INTS, list(range(LANES))))
 
     return ints(types.int32), generate
 

@@ -13,14 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.kernels.functions import exp, inverse
-from engine.kernels.lanes import (
-    add_products_of_bytes,
-    kernel,
-    load,
-    splat,
-    store,
-    to_floats,
-)
+from engine.kernels.lanes import kernel, load, splat, store, to_floats
+from engine.kernels.outer import sum_bytes
 from engine.kernels.processor import expect
 from engine.kernels.tiles import (
     add_product_of_bfloat16,
@@ -262,48 +256,17 @@ def _add_products(of_bytes: bool, both: bool) -> None:
 def _sum_bytes_in_lanes(
     codes: Array, room: int, row: int, count: int, packed: Packed, at: int, here: int, sums: Array, to: int
 ) -> None:
-    weights, fours, other = packed.codes, codes.view(np.int32), at + 16 * packed.width
-    start, other_start = load(packed.starts, here), load(packed.starts, here + 16)
-    i = 0
+    fours, other, lines = codes.view(np.int32), at + 16 * packed.width, packed.width // LINE
+    weights, starts, i = packed.codes, packed.starts, 0
+    while i + 8 <= count:
+        first = code_at(row + i, room) // 4
+        sum_bytes(8, fours, first, weights, at, other, lines, starts, here, sums, to + i * BLOCK)
+        i += 8
     while i + 4 <= count:
-        a0, a1, a2, a3 = start, start, start, start
-        b0, b1, b2, b3 = other_start, other_start, other_start, other_start
-        first = code_at(row + i, room) // 4  # the next three rows begin 64 bytes after one another
-        for k in range(0, packed.width * 4, 256):
-            for four in range(16):
-                x, w = first + k + four, (k + 16 * four) * 4
-                c0, c1, c2, c3 = (
-                    splat(fours[x]),
-                    splat(fours[x + 16]),
-                    splat(fours[x + 32]),
-                    splat(fours[x + 48]),
-                )
-                a0 = add_products_of_bytes(a0, c0, weights, at + w)
-                b0 = add_products_of_bytes(b0, c0, weights, other + w)
-                a1 = add_products_of_bytes(a1, c1, weights, at + w)
-                b1 = add_products_of_bytes(b1, c1, weights, other + w)
-                a2 = add_products_of_bytes(a2, c2, weights, at + w)
-                b2 = add_products_of_bytes(b2, c2, weights, other + w)
-                a3 = add_products_of_bytes(a3, c3, weights, at + w)
-                b3 = add_products_of_bytes(b3, c3, weights, other + w)
-        _store_sums(sums, to, i, a0, b0)
-        _store_sums(sums, to, i + 1, a1, b1)
-        _store_sums(sums, to, i + 2, a2, b2)
-        _store_sums(sums, to, i + 3, a3, b3)
+        first = code_at(row + i, room) // 4
+        sum_bytes(4, fours, first, weights, at, other, lines, starts, here, sums, to + i * BLOCK)
         i += 4
     while i < count:
-        a, b = start, other_start
         first = code_at(row + i, room) // 4
-        for k in range(0, packed.width * 4, 256):
-            for four in range(16):
-                x = splat(fours[first + k + four])
-                a = add_products_of_bytes(a, x, weights, at + (k + 16 * four) * 4)
-                b = add_products_of_bytes(b, x, weights, other + (k + 16 * four) * 4)
-        _store_sums(sums, to, i, a, b)
+        sum_bytes(1, fours, first, weights, at, other, lines, starts, here, sums, to + i * BLOCK)
         i += 1
-
-
-@kernel
-def _store_sums(sums: Array, to: int, row: int, a: Array, b: Array) -> None:
-    store(sums, to + row * BLOCK, a)
-    store(sums, to + row * BLOCK + 16, b)

@@ -236,6 +236,7 @@ class PackedDecoder:
         widest = max(config.hidden_size, config.intermediate_size, config.num_heads * size)
         attention = AttentionScratch(
             _zeros((threads, rows * size), np.uint16),
+            _zeros((threads, rows * size), np.float32),
             _zeros((threads, KEYS * size), np.uint16),
             _zeros((threads, KEYS * size), np.uint16),
             _zeros((threads, rows * KEYS), np.float32),
