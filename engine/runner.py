@@ -114,6 +114,7 @@ class ModelRunner:
             self.config,
             weights,
             self.precision,
+            kv_dtype,
             self.max_context,
             max_rows,
             options.num_threads,

@@ -1,4 +1,5 @@
-"""Attention of some positions against one head of a paged cache in bfloat16, by tiles.
+"""Attention of some positions against one head of a paged cache, by tiles: in bfloat16 through the processor's matrix
+tiles, in bfloat16 or float32 through its vectors.
 
 A unit is up to BLOCK positions of a sequence with the queries of one group. Keys come in blocks of 64 at
 absolute positions, each row of queries keeps its maximum, its sum and its output (online softmax: Milakov and
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.kernels.functions import exp_of_negative, transpose
+from engine.kernels.functions import exp, exp_of_negative, transpose
 from engine.kernels.lanes import (
     kernel,
     lanes_from,
@@ -36,8 +37,8 @@ MASKED = np.float32(-1e30)  # finite: a row that a block masks as a whole then w
 
 class AttentionScratch(NamedTuple):
     """One thread's. With R rows, BLOCK · group rounded up to 16, and head size D: queries uint16 [R · D], without
-    tiles wide_queries float32 [R · D]; keys, values uint16 [KEYS · D], packed for tiles; scores float32 [R · KEYS];
-    weights uint16 [R · KEYS]; output float32 [R · D], sums float32 [R · 16], peaks float32 [R]."""
+    tiles wide_queries float32 [R · D]; keys, values uint16 [2 · KEYS · D], packed; scores float32 [R · KEYS]; weights
+    uint16 [R · KEYS]; output float32 [R · D], sums float32 [R · 16], peaks float32 [R]."""
 
     queries: Array
     wide_queries: Array
@@ -53,6 +54,7 @@ class AttentionScratch(NamedTuple):
 @kernel
 def attend(
     queries: Array,
+    wide_queries: Array,
     first_row: int,
     num_tokens: int,
     num_heads: int,
@@ -69,12 +71,14 @@ def attend(
     stride: int,
     scratch: AttentionScratch,
     in_tiles: bool,
+    wide: bool,
 ) -> None:
-    """Rows [first_row, first_row + num_tokens) of queries, bfloat16 [rows, num_heads, size], at positions from `start`
-    on, of the heads from `first_head` on, against the blocks of `table`; writes `out`, float32, the heads
-    side by side and `stride` numbers from row to row.
+    """Rows [first_row, first_row + num_tokens) of queries, [rows, num_heads, size], at positions from `start` on, of
+    the heads from `first_head` on, against the blocks of `table`; writes `out`, float32, the heads side by side and
+    `stride` numbers from row to row.
 
-    keys, values: uint16; a block's begins at plane_at + its number · KEYS · size.
+    queries: bfloat16, without tiles wide_queries, float32. keys, values: the memory as uint16, of bfloat16 or, where
+    `wide`, of float32; a block's begins at number plane_at + its number · KEYS · size.
     """
     num_rows = -(-num_tokens * group // 16) * 16
     for token in range(num_tokens):
@@ -84,7 +88,7 @@ def attend(
             if in_tiles:
                 store(scratch.queries, target + i, load(queries, source + i))
             else:
-                store(scratch.wide_queries, target + i, load(queries, source + i))
+                store(scratch.wide_queries, target + i, load(wide_queries, source + i))
     zero = splat(np.float32(0))
     for i in range(0, num_rows * size, 16):
         store(scratch.output, i, zero)
@@ -94,14 +98,18 @@ def attend(
         store(scratch.peaks, i, splat(MASKED))
     for block in range((start + num_tokens - 1) // KEYS + 1):
         at = plane_at + np.int64(table[table_at + block]) * KEYS * size
-        _pack_keys(keys, at, size, scratch.keys)
-        _pack_values(values, at, size, scratch.values)
+        if wide:
+            _pack_wide_keys(keys, at, size, scratch.keys)
+            _pack_wide_values(values, at, size, scratch.values)
+        else:
+            _pack_keys(keys, at, size, scratch.keys)
+            _pack_values(values, at, size, scratch.values)
         ahead = block * KEYS - start  # the first token of the unit that sees the block's first key
         first = max(0, ahead * group) // 32 * 32
         if in_tiles:
             _add_block_in_tiles(scratch, first, num_rows, num_tokens * group, group, size, -ahead)
         else:
-            _add_block_in_lanes(scratch, first, num_tokens * group, group, size, -ahead)
+            _add_block_in_lanes(scratch, first, num_tokens * group, group, size, -ahead, wide)
     for row in range(num_tokens * group):
         token = row // group
         target = (first_row + token) * stride + (first_head + row - token * group) * size
@@ -134,6 +142,26 @@ def _pack_values(values: Array, at: int, size: int, packed: Array) -> None:
 
 
 @kernel
+def _pack_wide_keys(keys: Array, at: int, size: int, packed: Array) -> None:
+    """[KEYS, size] float32: of 16 keys one number after the other."""
+    words, target, to = keys.view(np.int32), packed.view(np.int32), 0
+    for key in range(0, KEYS, 16):
+        for i in range(0, size, 16):
+            transpose(words, at + key * size + i, size, target, to)
+            to += 256
+
+
+@kernel
+def _pack_wide_values(values: Array, at: int, size: int, packed: Array) -> None:
+    """[KEYS, size] float32: of 16 numbers one key after the other."""
+    source, target, to = values.view(np.float32), packed.view(np.float32), 0
+    for i in range(0, size, 16):
+        for key in range(KEYS):
+            store(target, to, load(source, at + key * size + i))
+            to += 16
+
+
+@kernel
 def _add_block_in_tiles(
     scratch: AttentionScratch, first: int, num_rows: int, num_used: int, group: int, size: int, behind: int
 ) -> None:
@@ -145,21 +173,20 @@ def _add_block_in_tiles(
             _score(scratch.queries, row + 32, num_rows, size, scratch.keys, scratch.scores)
         if row > first:
             _add_values(scratch, row - 32, num_rows, size)
-        _weigh(scratch, row, min(32, num_used - row), group, size, behind, True)
+        _weigh(scratch, row, min(32, num_used - row), group, size, behind, True, False)
     _add_values(scratch, (num_rows - 1) // 32 * 32, num_rows, size)
 
 
 @kernel
 def _add_block_in_lanes(
-    scratch: AttentionScratch, first: int, num_used: int, group: int, size: int, behind: int
+    scratch: AttentionScratch, first: int, num_used: int, group: int, size: int, behind: int, wide: bool
 ) -> None:
     """The same on a processor without tiles; weights stay float32, in the place of the scores."""
-    keys, values = scratch.keys.view(np.int32), scratch.values.view(np.int32)
     for row in range(first, num_used, 8):
         count = min(8, num_used - row)
-        _score_in_lanes(scratch, row, count > 4, size, keys)
-        _weigh(scratch, row, count, group, size, behind, False)
-        _add_values_in_lanes(scratch, row, count > 4, size, values)
+        _score_in_lanes(scratch, row, count > 4, size, wide)
+        _weigh(scratch, row, count, group, size, behind, False, wide)
+        _add_values_in_lanes(scratch, row, count > 4, size, wide)
 
 
 @kernel
@@ -197,7 +224,14 @@ def _score(queries: Array, row: int, num_rows: int, size: int, keys: Array, scor
 
 @kernel
 def _weigh(
-    scratch: AttentionScratch, row: int, count: int, group: int, size: int, behind: int, in_tiles: bool
+    scratch: AttentionScratch,
+    row: int,
+    count: int,
+    group: int,
+    size: int,
+    behind: int,
+    in_tiles: bool,
+    wide: bool,
 ) -> None:
     """Scores of `count` rows into weights; brings what their outputs hold under the new maximum. behind: how far the
     unit's first token is behind the block's first key."""
@@ -217,18 +251,21 @@ def _weigh(
         old = scratch.peaks[row + i]
         peak = max(largest(larger(larger(a, b), larger(c, d))), old)
         top = splat(peak)
-        a, b, c, d = (
-            exp_of_negative(a - top),
-            exp_of_negative(b - top),
-            exp_of_negative(c - top),
-            exp_of_negative(d - top),
-        )
+        if wide:
+            a, b, c, d = exp(a - top), exp(b - top), exp(c - top), exp(d - top)
+        else:
+            a, b, c, d = (
+                exp_of_negative(a - top),
+                exp_of_negative(b - top),
+                exp_of_negative(c - top),
+                exp_of_negative(d - top),
+            )
         sums = (a + b) + (c + d)
         if peak == old:
             sums = load(scratch.sums, (row + i) * 16) + sums
         else:
             scratch.peaks[row + i] = peak
-            factor = exp_of_negative(splat(old - peak))
+            factor = exp(splat(old - peak)) if wide else exp_of_negative(splat(old - peak))
             sums = load(scratch.sums, (row + i) * 16) * factor + sums
             for k in range((row + i) * size, (row + i + 1) * size, 16):
                 store(scratch.output, k, load(scratch.output, k) * factor)
@@ -275,34 +312,48 @@ def _add_values(scratch: AttentionScratch, row: int, num_rows: int, size: int) -
 
 
 @kernel
-def _score_in_lanes(scratch: AttentionScratch, row: int, of_eight: bool, size: int, keys: Array) -> None:
-    """Of 8 rows, or of 4. keys: as packed, two numbers of a key in each int32."""
-    zero = splat(np.float32(0))
+def _score_in_lanes(scratch: AttentionScratch, row: int, of_eight: bool, size: int, wide: bool) -> None:
+    """Of 8 rows, or of 4."""
+    zero, queries, scores = splat(np.float32(0)), scratch.wide_queries, scratch.scores
     for i in range(row * KEYS, (row + (8 if of_eight else 4)) * KEYS, 16):
-        store(scratch.scores, i, zero)
+        store(scores, i, zero)
     for key in range(0, KEYS, 32):
-        at, other, to = key * size // 2, (key + 16) * size // 2, row * KEYS + key
-        queries, scores = scratch.wide_queries, scratch.scores
-        if of_eight:
-            add_outer(8, queries, row * size, size, keys, at, other, size // 2, scores, to, KEYS)
+        x, to = row * size, row * KEYS + key
+        if wide:
+            keys, at, other = scratch.keys.view(np.float32), key * size, (key + 16) * size
+            if of_eight:
+                add_outer(8, queries, x, size, keys, at, other, size, scores, to, KEYS)
+            else:
+                add_outer(4, queries, x, size, keys, at, other, size, scores, to, KEYS)
         else:
-            add_outer(4, queries, row * size, size, keys, at, other, size // 2, scores, to, KEYS)
+            pairs_of, at, other = scratch.keys.view(np.int32), key * size // 2, (key + 16) * size // 2
+            if of_eight:
+                add_outer(8, queries, x, size, pairs_of, at, other, size // 2, scores, to, KEYS)
+            else:
+                add_outer(4, queries, x, size, pairs_of, at, other, size // 2, scores, to, KEYS)
 
 
 @kernel
-def _add_values_in_lanes(
-    scratch: AttentionScratch, row: int, of_eight: bool, size: int, values: Array
-) -> None:
-    """To the outputs of 8 rows, or of 4. values: as packed, the same number of two keys in each int32."""
+def _add_values_in_lanes(scratch: AttentionScratch, row: int, of_eight: bool, size: int, wide: bool) -> None:
+    """To the outputs of 8 rows, or of 4."""
     weights, output = scratch.scores, scratch.output
     for first in range(0, size, 32):
+        to = row * size + first
         for key in range(0, KEYS, 32):
-            # Tiles of 32 keys, in them tiles of 16 numbers, in them a row for each pair of keys.
-            at, x, to = key * size // 2 + first * 16, row * KEYS + key, row * size + first
-            if of_eight:
-                add_outer(8, weights, x, KEYS, values, at, at + 256, 16, output, to, size)
+            x = row * KEYS + key
+            if wide:
+                values, at = scratch.values.view(np.float32), first * KEYS + key * 16
+                if of_eight:
+                    add_outer(8, weights, x, KEYS, values, at, at + 16 * KEYS, 32, output, to, size)
+                else:
+                    add_outer(4, weights, x, KEYS, values, at, at + 16 * KEYS, 32, output, to, size)
             else:
-                add_outer(4, weights, x, KEYS, values, at, at + 256, 16, output, to, size)
+                # Tiles of 32 keys, in them tiles of 16 numbers, in them a row for each pair of keys.
+                pairs_of, at = scratch.values.view(np.int32), key * size // 2 + first * 16
+                if of_eight:
+                    add_outer(8, weights, x, KEYS, pairs_of, at, at + 256, 16, output, to, size)
+                else:
+                    add_outer(4, weights, x, KEYS, pairs_of, at, at + 256, 16, output, to, size)
 
 
 @kernel

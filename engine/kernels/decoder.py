@@ -14,7 +14,7 @@ import numpy as np
 from engine.kernels.attention import AttentionScratch, attend
 from engine.kernels.lanes import kernel, load, store
 from engine.kernels.processor import TINY_IS_ZERO, set_rounding
-from engine.kernels.products import BFLOAT16, BLOCK, Packed, Sums, code_at, multiply
+from engine.kernels.products import BLOCK, Packed, Sums, code_at, multiply, takes_bytes, takes_floats
 from engine.kernels.rows import normalize, quantize, turn
 from engine.kernels.team import barrier, in_team, team_size, thread_index
 from engine.kernels.tiles import configure, release
@@ -24,7 +24,8 @@ UNIT = 5  # int32 of a unit of attention
 
 
 class Shape(NamedTuple):
-    """The model's, and how its products are computed: a kind of engine.kernels.products, attention in tiles or not."""
+    """The model's, and how its products are computed: a kind of engine.kernels.products; attention in tiles or not; its
+    cache in float32 or not."""
 
     hidden: int
     inner: int
@@ -33,6 +34,7 @@ class Shape(NamedTuple):
     size: int
     kind: int
     in_tiles: bool
+    wide_cache: bool
     has_head_norms: bool
     eps: float
 
@@ -69,23 +71,25 @@ class Model(NamedTuple):
 
 class Rows(NamedTuple):
     """What is kept of the step's rows: `x` float32 [rows, hidden] is the residual stream, `wide` float32 [rows,
-    stride] what a product gives, `queries` bfloat16, `codes` (as bytes and as 16 bits, `room` bytes a row) and
-    `scales` the input of a product."""
+    stride] what a product gives, `queries` bfloat16 or, without tiles, `wide_queries` float32, `codes` (as bytes, as 16
+    bits and as float32, `room` bytes a row) and `scales` the input of a product."""
 
     stride: int
     room: int
     x: Array
     wide: Array
     queries: Array
+    wide_queries: Array
     codes: Array
     codes_16: Array
+    codes_32: Array
     scales: Array
 
 
 class Step(NamedTuple):
     """`positions`, `slots` int64 of each row. A unit of attention, none across a multiple of BLOCK rows, is five int32:
     first row, number of tokens, first position, where in `table` the blocks of its sequence begin, and head. keys,
-    values: uint16, flat, [layers, heads, num_slots, head size]."""
+    values: the cache's memory as uint16, flat, [layers, heads, num_slots, head size]."""
 
     num_rows: int
     positions: Array
@@ -276,7 +280,12 @@ def _encode(width: int, shape: Shape, rows: Rows, step: Step, mine: Mine) -> Non
 
 @kernel
 def _put_input(source: Array, at: int, width: int, row: int, shape: Shape, rows: Rows, mine: Mine) -> None:
-    if shape.kind != BFLOAT16:
+    if takes_floats(shape.kind):
+        to = row * rows.room // 4
+        for i in range(0, width, 16):
+            store(rows.codes_32, to + i, load(source, at + i))
+        return
+    if takes_bytes(shape.kind):
         to = code_at(row, rows.room)
         rows.scales[row] = quantize(source, at, width, mine.other_row, rows.codes, to)
         return
@@ -308,15 +317,25 @@ def _place_row(layer: int, model: Model, rows: Rows, step: Step, mine: Mine, row
             heads, at = mine.row, 0
         if head < num_heads:
             to = (row * num_heads + head) * size
-            turn(heads, at, size, model.cos, model.signed_sin, angle, factor, rows.queries, to)
+            if shape.in_tiles:
+                turn(heads, at, size, model.cos, model.signed_sin, angle, factor, rows.queries, to)
+            else:
+                turn(heads, at, size, model.cos, model.signed_sin, angle, factor, rows.wide_queries, to)
         else:
-            to = _slot(layer, head - num_heads, shape, step, step.slots[row])
-            turn(heads, at, size, model.cos, model.signed_sin, angle, np.float32(1), step.keys, to)
+            to, one = _slot(layer, head - num_heads, shape, step, step.slots[row]), np.float32(1)
+            if shape.wide_cache:
+                keys = step.keys.view(np.float32)
+                turn(heads, at, size, model.cos, model.signed_sin, angle, one, keys, to)
+            else:
+                turn(heads, at, size, model.cos, model.signed_sin, angle, one, step.keys, to)
     for head in range(num_kv_heads):
         at = source + (num_heads + num_kv_heads + head) * size
         to = _slot(layer, head, shape, step, step.slots[row])
         for i in range(0, size, 16):
-            store(step.values, to + i, load(rows.wide, at + i))
+            if shape.wide_cache:
+                store(step.values.view(np.float32), to + i, load(rows.wide, at + i))
+            else:
+                store(step.values, to + i, load(rows.wide, at + i))
 
 
 @kernel
@@ -335,6 +354,7 @@ def _attend(layer: int, shape: Shape, rows: Rows, step: Step, mine: Mine) -> Non
         head = step.units[at + 4]
         attend(
             rows.queries,
+            rows.wide_queries,
             step.units[at],
             step.units[at + 1],
             shape.num_heads,
@@ -351,5 +371,6 @@ def _attend(layer: int, shape: Shape, rows: Rows, step: Step, mine: Mine) -> Non
             rows.stride,
             mine.attention,
             shape.in_tiles,
+            shape.wide_cache,
         )
     _wait(mine)

@@ -66,7 +66,7 @@ def _add_product(builder: ir.IRBuilder, x: Any, y: Any, total: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def sum_bytes(
+def add_bytes(
     typing: Any,
     num_rows: Any,
     fours: Any,
@@ -75,12 +75,10 @@ def sum_bytes(
     at: Any,
     other: Any,
     num_lines: Any,
-    starts: Any,
-    here: Any,
     sums: Any,
     to: Any,
 ) -> Any:
-    """sums[to + 32 · row …] = starts[here …] + row · weights, of rows of uint8 and weights of int8.
+    """sums[to + 32 · row …] += row · weights, of rows of uint8 and weights of int8.
 
     fours: int32, four inputs in each; a row goes on 256 elements after every 16, from line to line, and the next row
     begins 16 further (engine/kernels/products.py). weights: of 16 columns from byte `at`, of the others from `other`.
@@ -89,14 +87,16 @@ def sum_bytes(
         return None
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        _, fours_, first_, weights_, at_, other_, lines, starts_, here_, sums_, to_ = args
+        _, fours_, first_, weights_, at_, other_, lines, sums_, to_ = args
         block = _Block(builder, num_rows.literal_value, INTS)
 
         def pointer(which: int, array: Any, index: Any, kind: Any) -> Any:
             return address(context, builder, sig.args[which], array, index, kind)
 
-        begin = [load_from(builder, pointer(7, starts_, _plus(builder, here_, 16 * c), INTS)) for c in (0, 1)]
-        block.each(lambda _row, column, slot: builder.store(begin[column], slot))
+        def place(row: int, column: int) -> Any:
+            return pointer(7, sums_, _plus(builder, to_, 32 * row + 16 * column), INTS)
+
+        block.each(lambda row, column, slot: builder.store(load_from(builder, place(row, column)), slot))
         with cgutils.for_range(builder, lines) as loop:
             x = _plus(builder, first_, builder.mul(loop.index, ir.Constant(loop.index.type, 256)))
             line = builder.mul(loop.index, ir.Constant(loop.index.type, 64 * _UNROLLED))
@@ -115,15 +115,14 @@ def sum_bytes(
                         block.add(row, column, partial(_add_bytes, builder, repeated, vector))
 
         def put(row: int, column: int, slot: Any) -> None:
-            index = _plus(builder, to_, 32 * row + 16 * column)
-            builder.store(builder.load(slot), pointer(9, sums_, index, INTS)).align = 1
+            builder.store(builder.load(slot), place(row, column)).align = 1
 
         block.each(put)
         return context.get_dummy_value()
 
     intp = types.intp
     return (
-        types.void(num_rows, fours, intp, weights, intp, intp, intp, starts, intp, sums, intp),
+        types.void(num_rows, fours, intp, weights, intp, intp, intp, sums, intp),
         generate,
     )
 
@@ -138,21 +137,23 @@ def add_outer(
     columns: Any,
     at: Any,
     other: Any,
-    num_pairs: Any,
+    num_steps: Any,
     out: Any,
     to: Any,
     stride: Any,
 ) -> Any:
     """out[to + stride · row …] += row · columns, each product added to the sum before it, in order.
 
-    numbers: float32, rows of 2 · num_pairs from `first` on, `step` from row to row. columns: int32, in each two
-    bfloat16 of a column that follow each other; of 16 columns from `at`, of the others from `other`, 16 a pair.
+    numbers: float32, rows from `first` on, `step` from row to row. columns: of 16 columns from `at`, of the others from
+    `other`, 16 elements a step; of float32 a step is one number of each column, of int32 two bfloat16 that follow each
+    other.
     """
     if not isinstance(num_rows, types.IntegerLiteral):
         return None
+    of_pairs = columns.dtype == types.int32
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        _, numbers_, first_, step_, columns_, at_, other_, pairs, out_, to_, stride_ = args
+        _, numbers_, first_, step_, columns_, at_, other_, steps, out_, to_, stride_ = args
         block = _Block(builder, num_rows.literal_value, FLOATS)
 
         def pointer(which: int, array: Any, index: Any, kind: Any) -> Any:
@@ -162,24 +163,26 @@ def add_outer(
             begins = _plus(builder, to_, builder.mul(stride_, ir.Constant(stride_.type, row)))
             return pointer(8, out_, _plus(builder, begins, 16 * column), FLOATS)
 
+        def factors(base: Any) -> tuple[Any, ...]:
+            kind = INTS if of_pairs else FLOATS
+            vector = load_from(builder, pointer(4, columns_, base, kind))
+            return halves(builder, vector) if of_pairs else (vector,)
+
         rows = [
             _plus(builder, first_, builder.mul(step_, ir.Constant(step_.type, r)))
             for r in range(block.num_rows)
         ]
         block.each(lambda row, column, slot: builder.store(load_from(builder, place(row, column)), slot))
-        with cgutils.for_range(builder, pairs) as loop:
+        with cgutils.for_range(builder, steps) as loop:
             here = builder.mul(loop.index, ir.Constant(loop.index.type, 16))
-            two = builder.mul(loop.index, ir.Constant(loop.index.type, 2))
-            both = [
-                halves(builder, load_from(builder, pointer(4, columns_, _plus(builder, base, here), INTS)))
-                for base in (at_, other_)
-            ]
+            both = [factors(_plus(builder, base, here)) for base in (at_, other_)]
+            x = builder.mul(loop.index, ir.Constant(loop.index.type, len(both[0])))
             for row in range(block.num_rows):
-                for half in range(2):
-                    index = _plus(builder, _plus(builder, rows[row], two), half)
+                for part in range(len(both[0])):
+                    index = _plus(builder, _plus(builder, rows[row], x), part)
                     repeated = spread(builder, FLOATS, builder.load(pointer(1, numbers_, index, _F32)))
                     for column in range(COLUMNS):
-                        block.add(row, column, partial(_add_product, builder, repeated, both[column][half]))
+                        block.add(row, column, partial(_add_product, builder, repeated, both[column][part]))
 
         def put(row: int, column: int, slot: Any) -> None:
             builder.store(builder.load(slot), place(row, column)).align = 1

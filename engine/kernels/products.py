@@ -1,9 +1,9 @@
-"""Products with weights that are packed once: integers of 8 bits, or bfloat16.
+"""Products with weights that are packed once: integers of 8 bits, bfloat16 or float32.
 
 Packed: of every 16 outputs a group, in it the weights of 4 bytes of input after the other, 16 times 4 bytes a row of
-64. That is what a matrix tile takes, and what a vector of products of bytes takes. Sums of integers are exact, so it
-does not matter how they come about; those of bfloat16 are the tiles', 32 inputs at a time in ascending order, whatever
-the number of rows.
+64. That is what a matrix tile takes, and what a vector takes. Sums of integers are exact, so it does not matter how
+they come about. Those of bfloat16 in tiles are the tiles', 32 inputs at a time in ascending order; in lanes each
+product is added to the sum before it, in ascending order: whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.kernels.functions import exp, inverse
 from engine.kernels.lanes import kernel, load, splat, store, to_floats
-from engine.kernels.outer import sum_bytes
+from engine.kernels.outer import add_bytes, add_outer
 from engine.kernels.processor import expect
 from engine.kernels.tiles import (
     add_product_of_bfloat16,
@@ -27,16 +27,18 @@ from kvtransfer.compiled import Array
 GROUP = 16  # outputs
 BLOCK = 32  # rows and outputs that are computed together
 REPLACE, ADD, GATE = 0, 1, 2  # what becomes of a product
-BFLOAT16, BYTES_IN_TILES, BYTES_IN_LANES = 0, 1, 2  # kinds of products; the first are in tiles, too
+# Kinds of products. Inputs of the first are bfloat16, of the last two float32, of the others bytes.
+BFLOAT16_IN_TILES, BYTES_IN_TILES, BYTES_IN_LANES, BFLOAT16_IN_LANES, FLOATS_IN_LANES = range(5)
 LINE = 64  # bytes of a cache line
+NEAR_LINES = 16  # of the weights of a block, which then stay in a core's first cache for all its rows
 FEW_ROWS = 4  # up to which a tile would be mostly empty
 
 
 class Packed(NamedTuple):
     """Weights of one product of every layer. `codes` uint8, flat; [layers · outputs] each `scales` float32, `bias`
     float32, empty where there is none, and `starts` int32, what sums begin with: -128 times the sum of an output's
-    weights, of bfloat16 the bits of its bias. `width`: bytes of an input row; `ends`: what becomes of a product, one of
-    REPLACE, ADD and GATE."""
+    weights, where these are not bytes the bits of its bias. `width`: bytes of an output's weights; `ends`: what becomes
+    of a product, one of REPLACE, ADD and GATE."""
 
     codes: Array
     scales: Array
@@ -69,6 +71,18 @@ def code_at(row: int, room: int) -> int:
 
 
 @kernel
+def takes_bytes(kind: int) -> bool:
+    """Whether a product's inputs are quantized."""
+    return kind in (BYTES_IN_TILES, BYTES_IN_LANES)
+
+
+@kernel
+def takes_floats(kind: int) -> bool:
+    """Whether a product's inputs are float32."""
+    return kind in (BFLOAT16_IN_LANES, FLOATS_IN_LANES)
+
+
+@kernel
 def multiply(
     packed: Packed,
     layer: int,
@@ -86,13 +100,14 @@ def multiply(
     to blocks[1], of rows blocks[2] and every blocks[3]th after it.
 
     ADD: out += that. GATE: of every block of 32 outputs the first half are gates: out = silu(gate) · up, half as wide.
-    codes: uint8, rows of `packed.width` bytes with `room` for each (`code_at`), their number rounded up to BLOCK. out:
-    `stride` numbers from row to row.
+    codes: uint8, rows with `room` bytes for each (`code_at`, of float32 one after the other), their number rounded up
+    to BLOCK. out: `stride` numbers from row to row.
     """
-    # Tiles sum one block while vectors finish the one before, and the weights of the next are on their way.
+    # Tiles sum one block while vectors finish the one before, and the weights of the next are on their way. Where each
+    # block has one turn, weights are all that is waited for, and the processor reads them ahead by itself.
     num_turns = -(-(num_rows - blocks[2] * BLOCK) // (blocks[3] * BLOCK))
     block_bytes = BLOCK * packed.width
-    share = -(-block_bytes // (max(num_turns, 1) * LINE)) * LINE
+    share = -(-block_bytes // (num_turns * LINE)) * LINE if num_turns > 1 else 0
     last_block, last_row, half = np.int64(-1), np.int64(0), np.int64(0)
     for block in range(blocks[0], blocks[1]):
         at = layer * packed.num_outputs * packed.width + block * block_bytes
@@ -110,7 +125,7 @@ def multiply(
                 room,
                 row,
                 min(BLOCK, num_rows - row),
-                sums.whole,
+                sums,
                 half,
             )
             half = BLOCK * BLOCK - half
@@ -157,13 +172,15 @@ def _sum(
     room: int,
     row: int,
     count: int,
-    sums: Array,
+    sums: Sums,
     to: int,
 ) -> None:
-    if kind == BFLOAT16 or (kind == BYTES_IN_TILES and count > FEW_ROWS):
-        _sum_in_tiles(kind != BFLOAT16, codes, room, row, count > 16, packed, at, here, sums, to)
+    if takes_floats(kind):
+        _sum_floats_in_lanes(kind == FLOATS_IN_LANES, codes, room, row, count, packed, at, here, sums, to)
+    elif kind == BFLOAT16_IN_TILES or (kind == BYTES_IN_TILES and count > FEW_ROWS):
+        _sum_in_tiles(kind == BYTES_IN_TILES, codes, room, row, count > 16, packed, at, here, sums.whole, to)
     else:
-        _sum_bytes_in_lanes(codes, room, row, count, packed, at, here, sums, to)
+        _sum_bytes_in_lanes(codes, room, row, count, packed, at, here, sums.whole, to)
 
 
 @kernel
@@ -184,7 +201,7 @@ def _finish(
     scale, other_scale = load(packed.scales, here), load(packed.scales, here + 16)
     for i in range(count):
         at = sums_at + i * BLOCK
-        if kind != BFLOAT16:
+        if takes_bytes(kind):
             of_row = splat(scales[row + i])
             a = to_floats(load(sums.whole, at)) * scale * of_row
             b = to_floats(load(sums.whole, at + 16)) * other_scale * of_row
@@ -253,20 +270,85 @@ def _add_products(of_bytes: bool, both: bool) -> None:
 
 
 @kernel
+def _begin_sums(packed: Packed, here: int, count: int, sums: Array, to: int) -> None:
+    """Of `count` rows, rounded up to 8."""
+    start, other_start = load(packed.starts, here), load(packed.starts, here + 16)
+    for i in range(-(-count // 8) * 8):
+        store(sums, to + i * BLOCK, start)
+        store(sums, to + i * BLOCK + 16, other_start)
+
+
+@kernel
 def _sum_bytes_in_lanes(
     codes: Array, room: int, row: int, count: int, packed: Packed, at: int, here: int, sums: Array, to: int
 ) -> None:
-    fours, other, lines = codes.view(np.int32), at + 16 * packed.width, packed.width // LINE
-    weights, starts, i = packed.codes, packed.starts, 0
-    while i + 8 <= count:
-        first = code_at(row + i, room) // 4
-        sum_bytes(8, fours, first, weights, at, other, lines, starts, here, sums, to + i * BLOCK)
-        i += 8
-    while i + 4 <= count:
-        first = code_at(row + i, room) // 4
-        sum_bytes(4, fours, first, weights, at, other, lines, starts, here, sums, to + i * BLOCK)
-        i += 4
-    while i < count:
-        first = code_at(row + i, room) // 4
-        sum_bytes(1, fours, first, weights, at, other, lines, starts, here, sums, to + i * BLOCK)
-        i += 1
+    _begin_sums(packed, here, count, sums, to)
+    fours, weights, num_lines = codes.view(np.int32), packed.codes, packed.width // LINE
+    for line in range(0, num_lines, NEAR_LINES):
+        lines, first, i = min(NEAR_LINES, num_lines - line), at + line * 16 * LINE, 0
+        last = first + 16 * packed.width
+        while i < count:
+            x, target = code_at(row + i, room) // 4 + line * 256, to + i * BLOCK
+            if count - i >= 8:
+                add_bytes(8, fours, x, weights, first, last, lines, sums, target)
+                i += 8
+            elif count - i >= 4:
+                add_bytes(4, fours, x, weights, first, last, lines, sums, target)
+                i += 4
+            else:
+                add_bytes(1, fours, x, weights, first, last, lines, sums, target)
+                i += 1
+
+
+@kernel
+def _sum_floats_in_lanes(
+    wide: bool,
+    codes: Array,
+    room: int,
+    row: int,
+    count: int,
+    packed: Packed,
+    at: int,
+    here: int,
+    sums: Sums,
+    to: int,
+) -> None:
+    """wide: whether weights are float32, too."""
+    _begin_sums(packed, here, count, sums.whole, to)
+    for line in range(0, packed.width, NEAR_LINES * LINE):
+        num_bytes = min(NEAR_LINES * LINE, packed.width - line)
+        first, i = at // 4 + line * 4, 0
+        while i < count:
+            one = count - i == 1
+            x = (row + i) * room // 4 + (line // 4 if wide else line // 2)
+            _add_floats(wide, one, codes, x, room, packed, first, num_bytes // 4, sums.floats, to + i * BLOCK)
+            i += 1 if one else 8
+
+
+@kernel
+def _add_floats(
+    wide: bool,
+    one: bool,
+    codes: Array,
+    x: int,
+    room: int,
+    packed: Packed,
+    first: int,
+    steps: int,
+    sums: Array,
+    to: int,
+) -> None:
+    """Of one row or of 8."""
+    numbers, stride, last = codes.view(np.float32), room // 4, first + 4 * packed.width
+    if wide:
+        floats = packed.codes.view(np.float32)
+        if one:
+            add_outer(1, numbers, x, stride, floats, first, last, steps, sums, to, BLOCK)
+        else:
+            add_outer(8, numbers, x, stride, floats, first, last, steps, sums, to, BLOCK)
+    else:
+        pairs = packed.codes.view(np.int32)
+        if one:
+            add_outer(1, numbers, x, stride, pairs, first, last, steps, sums, to, BLOCK)
+        else:
+            add_outer(8, numbers, x, stride, pairs, first, last, steps, sums, to, BLOCK)

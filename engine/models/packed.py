@@ -1,5 +1,5 @@
-"""Dense decoders in compiled kernels, for processors that multiply bytes or bfloat16: the model of
-engine/models/dense.py, a step in a few calls instead of a thousand tensor operations."""
+"""Dense decoders in compiled kernels, for processors with vectors of 64 bytes: the model of engine/models/dense.py, a
+step in a few calls instead of a thousand tensor operations."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from engine.kernels.decoder import (
     run_head,
     run_layers,
 )
-from engine.kernels.processor import HAS_BYTE_PRODUCTS
+from engine.kernels.processor import HAS_BYTE_PRODUCTS, HAS_WIDE_VECTORS
 from engine.kernels.products import (
     ADD,
-    BFLOAT16,
+    BFLOAT16_IN_LANES,
+    BFLOAT16_IN_TILES,
     BLOCK,
     BYTES_IN_LANES,
     BYTES_IN_TILES,
+    FLOATS_IN_LANES,
     GATE,
     REPLACE,
     Packed,
     Sums,
     pack,
+    takes_floats,
 )
 from engine.kernels.rows import MIXED, rotate
 from engine.kernels.tiles import FULL_TILES, HAS_TILES
@@ -49,13 +52,21 @@ from engine.weights import Weights
 def runs_packed(config: ModelConfig, precision: str, kv_dtype: str, device: torch.device) -> bool:
     """Whether this machine has kernels for the model."""
     widths = (config.hidden_size, config.intermediate_size, config.head_dim)
-    has_products = HAS_BYTE_PRODUCTS if precision == "int8" else precision == "bfloat16" and may_use_tiles()
     return (
         device.type == "cpu"
-        and has_products
-        and kv_dtype == "bfloat16"
+        and (HAS_BYTE_PRODUCTS if precision == "int8" else HAS_WIDE_VECTORS)
+        and (kv_dtype == "bfloat16" or precision == "float32")
         and all(width % MIXED == 0 for width in widths)
     )
+
+
+def kind_of(precision: str) -> int:
+    """How this machine computes products (engine/kernels/products.py)."""
+    if precision == "float32":
+        return FLOATS_IN_LANES
+    if precision == "bfloat16":
+        return BFLOAT16_IN_TILES if may_use_tiles() else BFLOAT16_IN_LANES
+    return BYTES_IN_TILES if may_use_tiles() else BYTES_IN_LANES
 
 
 def may_use_tiles() -> bool:
@@ -71,25 +82,30 @@ class PackedDecoder:
         config: ModelConfig,
         weights: Weights,
         precision: str,
+        kv_dtype: str,
         max_context: int,
         max_rows: int,
         num_threads: int,
     ) -> None:
         self._config = config
         self._num_threads = num_threads
+        self._kind = kind_of(precision)
         self._of_bytes = precision == "int8"
         names = [f"model.layers.{index}" for index in range(config.num_layers)]
-        self._embedding = weights.get("model.embed_tokens.weight").to(torch.bfloat16, copy=True)
-        of_bytes = BYTES_IN_TILES if may_use_tiles() else BYTES_IN_LANES
-        kind = of_bytes if self._of_bytes else BFLOAT16
+        embedding = weights.get("model.embed_tokens.weight")
+        self._embedding = embedding.to(
+            torch.bfloat16 if self._kind != FLOATS_IN_LANES else embedding.dtype, copy=True
+        )
+        in_tiles = self._kind in (BFLOAT16_IN_TILES, BYTES_IN_TILES)
         shape = Shape(
             config.hidden_size,
             config.intermediate_size,
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            kind,
-            may_use_tiles(),
+            self._kind,
+            in_tiles,
+            kv_dtype == "float32",
             config.qk_norm,
             config.rms_norm_eps,
         )
@@ -114,7 +130,7 @@ class PackedDecoder:
     @property
     def kernels(self) -> str:
         """What the bits depend on besides the processor's vectors."""
-        return "tiles" if may_use_tiles() else "lanes"
+        return "tiles" if self._model.shape.in_tiles else "lanes"
 
     def forward(
         self, batch: StepBatch, cache: PagedCache, after_layer: Callable[[int], None]
@@ -195,14 +211,15 @@ class PackedDecoder:
         bias = _flat(torch.cat(biases)) if biases else np.zeros(0, np.float32)
         if biases and not self._of_bytes:
             starts = bias.view(np.int32)
-        outputs, inputs = weight.shape
-        width = inputs if self._of_bytes else 2 * inputs
+        outputs = len(weight)
+        width = len(codes) // len(scales)
         return Packed(codes, scales, starts, bias, width, outputs, ends)
 
     def _encode(self, weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         outputs = len(weight)
         if not self._of_bytes:
-            rows = weight.to(torch.bfloat16).view(torch.uint16).numpy()
+            narrow = self._kind != FLOATS_IN_LANES
+            rows = weight.to(torch.bfloat16).view(torch.uint16).numpy() if narrow else weight.numpy()
             return pack(rows), np.zeros(outputs, np.float32), np.zeros(outputs, np.int32)
         rotated = np.empty_like(weight.numpy())
         rotate(weight.reshape(-1).numpy(), 0, weight.numel(), rotated.reshape(-1), 0)
@@ -214,7 +231,7 @@ class PackedDecoder:
         config = self._config
         widest_input = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
         widest = max(self._model.products.qkv.num_outputs, widest_input)
-        room = widest_input * (1 if self._of_bytes else 2)
+        room = widest_input * (1 if self._of_bytes else 4 if takes_floats(self._kind) else 2)
         stride = (widest + 16) // 32 * 32 + 16  # an odd number of cache lines: columns of rows share no set
         codes = _zeros(max_rows * room, np.uint8)
         return Rows(
@@ -223,8 +240,10 @@ class PackedDecoder:
             _zeros(max_rows * config.hidden_size, np.float32),
             _zeros(max_rows * stride, np.float32),
             _zeros(max_rows * config.num_heads * config.head_dim, np.uint16),
+            _zeros(max_rows * config.num_heads * config.head_dim, np.float32),
             codes,
             codes.view(np.uint16),
+            codes.view(np.float32),
             _zeros(max_rows, np.float32),
         )
 
@@ -237,8 +256,8 @@ class PackedDecoder:
         attention = AttentionScratch(
             _zeros((threads, rows * size), np.uint16),
             _zeros((threads, rows * size), np.float32),
-            _zeros((threads, KEYS * size), np.uint16),
-            _zeros((threads, KEYS * size), np.uint16),
+            _zeros((threads, 2 * KEYS * size), np.uint16),
+            _zeros((threads, 2 * KEYS * size), np.uint16),
             _zeros((threads, rows * KEYS), np.float32),
             _zeros((threads, rows * KEYS), np.uint16),
             _zeros((threads, rows * size), np.float32),

@@ -25,8 +25,8 @@ from tests.tiny_model import make_tiny_model
 # One group: the first test of a process compiles the kernels.
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("kernels")]
 
-KINDS = ["int8", "int8 in lanes", "bfloat16"]
-ISA = {"int8 in lanes": "AVX512_CORE_VNNI"}
+KINDS = ["int8", "int8 in lanes", "bfloat16", "bfloat16 in lanes", "float32", "float32 over bfloat16"]
+OFF = {"int8": 0.05, "bfloat16": 0.02, "float32": 1e-5}
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 4, 2, 64, 128
 
 
@@ -67,13 +67,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     kind: str = request.param
-    if kind in ISA:
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", ISA[kind])
+    if kind.endswith("in lanes"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
     return kind
 
 
 def options(kind: str, **changes: object) -> EngineOptions:
     defaults: dict[str, object] = {"max_context": 1024, "kv_bytes": 16 << 20, "num_threads": 1}
+    if kind.endswith("over bfloat16"):
+        defaults["kv_dtype"] = "bfloat16"
     return EngineOptions(precision=kind.split()[0], **{**defaults, **changes})  # type: ignore[arg-type]
 
 
@@ -100,7 +102,7 @@ def test_logits_are_those_of_plain_torch(model_dir: Path, kind: str, monkeypatch
         tokens = prompt(length, seed=length)
         ours, theirs = (_logprobs(each, tokens) for each in (engine, plain))
         off = np.std([ours[token] - theirs[token] for token in theirs]) / np.std(list(theirs.values()))
-        assert off < (0.05 if kind.startswith("int8") else 0.02)
+        assert off < (0.02 if kind.endswith("over bfloat16") else OFF[kind.split()[0]])
 
 
 def _logprobs(engine: Engine, tokens: list[int]) -> dict[int, float]:

@@ -25,6 +25,7 @@ from tests.tiny_model import make_tiny_model
 # One group: the first test of a process compiles the kernels.
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("kernels")]
 
+KINDS = ["float32", "int8", "float32 in kernels", "int8 in kernels", "bfloat16 in kernels"]
 MAX_CONTEXT = 1024
 BLOCK_TOKENS = 64
 
@@ -37,12 +38,13 @@ class Model:
     precision: str
 
 
-@pytest.fixture(scope="module", params=["float32", "int8", "int8 in kernels", "bfloat16 in kernels"])
+@pytest.fixture(scope="module", params=KINDS)
 def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Model:
     precision, _, in_kernels = request.param.partition(" ")
     widths = {"hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64} if in_kernels else {}
     home = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_context=MAX_CONTEXT, **widths)
-    if in_kernels and not runs_packed(ModelConfig.open(home), precision, "bfloat16", torch.device("cpu")):
+    kv_dtype = "float32" if precision == "float32" else "bfloat16"
+    if in_kernels and not runs_packed(ModelConfig.open(home), precision, kv_dtype, torch.device("cpu")):
         pytest.skip(f"this processor has no kernels for {precision}")
     return Model(home, precision)
 
