@@ -19,8 +19,8 @@ from kvtransfer.tiers.store_types import DISK
 _HEAD = """
 version: 1
 name: bench-{name}
-model: {{path: smollm2-135m-instruct}}
-router: {{grpc: "127.0.0.1:0"}}
+model: {{path: smollm2-135m-instruct, precision: {precision}}}
+router: {{grpc: "127.0.0.1:0"{router}}}
 """
 
 
@@ -54,17 +54,22 @@ class BenchCluster:
         store.close()
 
 
-def split(disk: str = "") -> LoadedProfile:
-    """1P1D, as deploy/profiles/laptop.yaml has it; with cache tiers where `disk` names a directory."""
+def split(disk: str = "", precision: str = "auto") -> LoadedProfile:
+    """1P1D, as deploy/profiles/laptop.yaml has it, but a token a step; with cache tiers where `disk` names a
+    directory."""
     tiers = f"kvtransfer: {{tiers: {{host: 512MiB, disk: {{path: {disk}, size: 2GiB}}}}}}\n" if disk else ""
-    sections = "prefill: {replicas: 1}\ndecode: {replicas: 1}\n"
-    return parse_profile(_HEAD.format(name="1p1d") + sections + tiers, "bench")
+    sections = "prefill: {replicas: 1}\ndecode: {replicas: 1, max_drafts: 0}\n"
+    return parse_profile(
+        _HEAD.format(name="1p1d", precision=precision, router="") + sections + tiers, "bench"
+    )
 
 
-def colocated(chunk_tokens: int) -> LoadedProfile:
-    """One worker for both, on all cores."""
-    section = f"colocated: {{replicas: 1, chunk: {chunk_tokens}}}\n"
-    return parse_profile(_HEAD.format(name=f"colocated-{chunk_tokens}") + section, "bench")
+def colocated(chunk_tokens: int, itl: str = "") -> LoadedProfile:
+    """One worker for both, on all cores; a token a step; chunks cut to `itl` where that is given."""
+    section = f"colocated: {{replicas: 1, chunk: {chunk_tokens}, max_drafts: 0}}\n"
+    router = f", slo: {{itl: {itl}}}" if itl else ""
+    head = _HEAD.format(name=f"colocated-{chunk_tokens}", precision="auto", router=router)
+    return parse_profile(head + section, "bench")
 
 
 @contextmanager

@@ -13,15 +13,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
 from bench.engine_process import PROMPTS, STREAM_PROMPT_TOKENS, STREAMS
 from bench.kv_sample import MODEL
 from bench.report import BenchReport
-from bench.vllm_server import served
-from cluster.errors import ClusterError
+from bench.vllm_server import asked_path, served
 from cluster.model_store import resolve
 from cluster.plan import MALLOC_ENVIRONMENT
 
@@ -37,13 +35,9 @@ def run(console: Console, compare: str = "") -> BenchReport:
     metrics: dict[str, float] = {}
     num_threads = len(os.sched_getaffinity(0))
     if compare:
-        peer, _, where = compare.partition("=")
-        if peer != "vllm" or not where:
-            raise ClusterError(
-                f"--compare {compare}: the peer that is known is vllm=PATH, a virtual environment"
-            )
+        environment = asked_path(compare)
         waiting = console.status("vLLM (its first start compiles for minutes) …")
-        with waiting, served(Path(where), resolve(MODEL)) as server:
+        with waiting, served(environment, resolve(MODEL)) as server:
             measured = server.measure(PROMPTS, STREAMS, STREAM_PROMPT_TOKENS)
         metrics |= {f"vllm_{name}": value for name, value in measured.items()}
     for precision, prefix in PREFIXES.items():

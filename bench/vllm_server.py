@@ -14,10 +14,11 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from bench.prompts import distinct_prompt
 from cluster.errors import ClusterError
@@ -28,27 +29,79 @@ RUNS = 3
 _MODEL = "served"
 
 
+def asked_path(compare: str) -> Path:
+    """The environment in `vllm=PATH`. Raises ClusterError for another peer."""
+    peer, _, where = compare.partition("=")
+    if peer != "vllm" or not where:
+        raise ClusterError(f"--compare {compare}: the peer that is known is vllm=PATH, a virtual environment")
+    return Path(where)
+
+
 @contextlib.contextmanager
 def served(environment: Path, model_dir: Path) -> Iterator[VllmServer]:
     """A server that answers. Raises ClusterError where it does not start."""
+    binary = _binary(environment)
+    cores = len(os.sched_getaffinity(0))
+    arguments = ("--no-enable-prefix-caching",)
+    with _serving(binary, model_dir, f"0-{cores - 1}", {}, arguments) as (port, process):
+        server = VllmServer(port)
+        server.wait(process)
+        yield server
+
+
+@contextlib.contextmanager
+def served_pair(environment: Path, model_dir: Path) -> Iterator[Callable[[list[int], int], list[float]]]:
+    """Two servers with a core each, the first for prompts, and how to ask them. Raises ClusterError where they do not
+    start."""
+    binary = _binary(environment)
+    handing_over = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+    arguments = ("--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(handing_over))
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for core in range(2):
+            own = {
+                "UCX_TLS": "tcp,sm,self",
+                "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+            }
+            port, process = stack.enter_context(_serving(binary, model_dir, str(core), own, arguments))
+            servers.append((VllmServer(port), process))
+        for server, process in servers:
+            server.wait(process)
+        (prefill, _), (decode, _) = servers
+
+        def ask(prompt: list[int], max_tokens: int) -> list[float]:
+            return decode.token_times(prompt, max_tokens, prefill.hand_over(prompt))
+
+        yield ask
+
+
+def _binary(environment: Path) -> Path:
     binary = environment / "bin" / "vllm"
     if not binary.exists():
         raise ClusterError(
             f"{binary} does not exist: --compare vllm=PATH names a virtual environment with vLLM in it"
         )
+    return binary
+
+
+@contextlib.contextmanager
+def _serving(
+    binary: Path, model_dir: Path, cores: str, own: dict[str, str], arguments: tuple[str, ...]
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A server's port, and its process, which is ended."""
     port = free_port()
-    cores = len(os.sched_getaffinity(0))
-    own = {
+    own = own | {
         "PATH": f"{binary.parent}:{os.environ['PATH']}",
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+        "VLLM_CPU_OMP_THREADS_BIND": cores,
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     command = [
         *(str(binary), "serve", str(model_dir), "--served-model-name", _MODEL, "--dtype", "bfloat16"),
         *("--max-model-len", "8192", "--max-num-seqs", "64", "--host", "127.0.0.1", "--port", str(port)),
-        "--no-enable-prefix-caching",
+        *arguments,
     ]
     process = subprocess.Popen(
         command,
@@ -58,9 +111,7 @@ def served(environment: Path, model_dir: Path) -> Iterator[VllmServer]:
         start_new_session=True,
     )
     try:
-        server = VllmServer(port)
-        server.wait(process)
-        yield server
+        yield port, process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -84,7 +135,7 @@ class VllmServer:
             if process.poll() is not None:
                 raise ClusterError(f"vLLM's server ended with status {process.returncode} before it answered")
             with contextlib.suppress(OSError):
-                self._token_times([1_000], 1)
+                self.token_times([1_000], 1)
                 return
             time.sleep(1.0)
         raise ClusterError(f"vLLM's server did not answer within {START_S:.0f} s")
@@ -99,7 +150,7 @@ class VllmServer:
             runs = []
             for _ in range(RUNS):
                 began = time.perf_counter()
-                runs.append(self._token_times(distinct_prompt(num_tokens, next(seeds)), 1)[0] - began)
+                runs.append(self.token_times(distinct_prompt(num_tokens, next(seeds)), 1)[0] - began)
             found[f"prefill_tok_s_{num_tokens}"] = num_tokens / statistics.median(runs)
         for num_streams in streams:
             step_s = self._step_s(
@@ -114,7 +165,7 @@ class VllmServer:
     def _step_s(self, num_streams: int, prompts: list[list[int]]) -> float:
         """Median time between two tokens of an answer, while all of them are being written."""
         with ThreadPoolExecutor(num_streams) as pool:
-            times = list(pool.map(lambda prompt: self._token_times(prompt, 48), prompts))
+            times = list(pool.map(lambda prompt: self.token_times(prompt, 48), prompts))
         first, last = max(each[0] for each in times), min(each[-1] for each in times)
         gaps = [
             after - before
@@ -124,27 +175,33 @@ class VllmServer:
         ]
         return statistics.median(gaps)
 
-    def _token_times(self, prompt: list[int], max_tokens: int) -> list[float]:
+    def token_times(
+        self, prompt: list[int], max_tokens: int, handed_over: dict[str, Any] | None = None
+    ) -> list[float]:
+        """When each token came. `handed_over`: what the server that has computed the prompt said."""
+        asked = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+        if handed_over is not None:
+            asked["kv_transfer_params"] = handed_over
+        with self._asked(asked) as answer:
+            return [time.perf_counter() for line in answer if line.startswith(b"data: {")]
+
+    def hand_over(self, prompt: list[int]) -> dict[str, Any]:
+        """Compute a prompt for another server; returns what to tell that."""
+        nothing = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
+        wanted = {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(nothing)}
+        with self._asked({"prompt": prompt, "max_tokens": 1, "kv_transfer_params": wanted}) as answer:
+            told: dict[str, Any] = json.load(answer)["kv_transfer_params"]
+            return told
+
+    @contextlib.contextmanager
+    def _asked(self, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=ANSWER_S)
-        asked = {
-            "model": _MODEL,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "ignore_eos": True,
-        }
-        times = []
         with contextlib.closing(connection):
-            connection.request(
-                "POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"}
-            )
+            whole = json.dumps({"model": _MODEL, "temperature": 0, **body})
+            connection.request("POST", "/v1/completions", whole, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             if answer.status != http.HTTPStatus.OK:
                 raise ClusterError(
                     f"vLLM's server says {answer.status}: {answer.read(300).decode(errors='replace')}"
                 )
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    times.append(time.perf_counter())
-        return times
+            yield answer

@@ -36,6 +36,16 @@ class AnswerTiles:
 
 
 @dataclass(frozen=True, slots=True)
+class PaddedAnswers:
+    """The first `num_rows` rows of a batch, one token each, in shapes that two sizes alone decide: `blocks` int64
+    [num_rows, B], of each sequence its blocks and then padding; `lengths` int64 [num_rows], of padding rows 1."""
+
+    num_rows: int
+    blocks: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkTiles:
     """Key tiles of one row of several tokens: batch rows [first_row, first_row + num_tokens), positions from `start`.
 
@@ -80,6 +90,7 @@ class StepBatch:
     chunks: tuple[ChunkTiles, ...]
     logit_rows: torch.Tensor
     drawing: tuple[StepRow, ...]
+    padded: PaddedAnswers | None = None
 
     @property
     def num_draws(self) -> int:
@@ -89,7 +100,8 @@ class StepBatch:
 
 class BatchBuilder:
     """Turns plans into batches for one cache: its block size, its padding block, its device. with_tiles: whether
-    attention wants tiles, else spans are enough."""
+    attention wants tiles, else spans are enough. `padded_size(rows, blocks)`: what answers are padded to instead of
+    being laid out in tiles."""
 
     def __init__(
         self,
@@ -98,6 +110,7 @@ class BatchBuilder:
         padding_block: int,
         device: torch.device,
         with_tiles: bool = True,
+        padded_size: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
         if TILE_TOKENS % block_tokens:
             raise ValueError(f"blocks of {block_tokens} tokens do not fill a tile of {TILE_TOKENS}")
@@ -107,12 +120,15 @@ class BatchBuilder:
         self._tile_blocks = TILE_TOKENS // block_tokens
         self._device = device
         self._with_tiles = with_tiles
+        self._padded_size = padded_size
 
     def build(self, plan: StepPlan) -> StepBatch:
         """The batch of a plan that has rows."""
         answers = [row for row in plan.rows if row.num_tokens == 1]
         answers.sort(key=lambda row: -(row.start // TILE_TOKENS))
         chunks = [row for row in plan.rows if row.num_tokens > 1]
+        if self._padded_size is not None and not chunks:
+            return self._padded_batch(answers, *self._padded_size(len(answers), self._most_blocks(answers)))
         rows = [*answers, *chunks]
         ends = np.cumsum([row.num_tokens for row in rows])
         drawing = tuple(row for row in rows if row.draws)
@@ -130,18 +146,50 @@ class BatchBuilder:
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             spans=tuple(self._span(row, first_row) for row, first_row in placed),
-            answers=self._answer_tiles(answers) if answers and in_tiles else None,
+            answers=self._answer_tiles(answers) if answers and in_tiles and not self._padded_size else None,
+            padded=self._padded_answers(answers, len(answers), self._most_blocks(answers))
+            if answers and self._padded_size
+            else None,
             chunks=tuple(self._chunk_tiles(row, first_row) for row, first_row in in_tiles[len(answers) :]),
             logit_rows=self._tensor(np.asarray(logit_rows, dtype=np.int64)),
             drawing=drawing,
         )
+
+    def _padded_batch(self, answers: list[StepRow], num_rows: int, num_blocks: int) -> StepBatch:
+        """A step of answers alone, every array in its padded size."""
+        token_ids, positions, slots = self._token_arrays(answers, num_rows)
+        return StepBatch(
+            token_ids=self._tensor(token_ids),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            spans=(),
+            answers=None,
+            chunks=(),
+            logit_rows=self._tensor(np.arange(num_rows)),
+            drawing=tuple(answers),
+            padded=self._padded_answers(answers, num_rows, num_blocks),
+        )
+
+    def _padded_answers(self, answers: list[StepRow], num_rows: int, num_blocks: int) -> PaddedAnswers:
+        blocks = np.full((num_rows, num_blocks), self._padding_block, dtype=np.int64)
+        lengths = np.ones(num_rows, dtype=np.int64)
+        for index, row in enumerate(answers):
+            own = self._blocks_of(owner_of(row.sequence))[: row.start // self._block_tokens + 1]
+            blocks[index, : len(own)] = own
+            lengths[index] = row.start + 1
+        return PaddedAnswers(num_rows, self._tensor(blocks), self._tensor(lengths))
+
+    def _most_blocks(self, rows: list[StepRow]) -> int:
+        return max((row.start // self._block_tokens + 1 for row in rows), default=1)
 
     def _span(self, row: StepRow, first_row: int) -> Span:
         count = -(-(row.start + row.num_tokens) // self._block_tokens)
         blocks = np.asarray(self._blocks_of(owner_of(row.sequence))[:count])
         return Span(first_row, row.num_tokens, row.start, blocks)
 
-    def _token_arrays(self, rows: list[StepRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _token_arrays(
+        self, rows: list[StepRow], least: int = MIN_ROWS
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         token_ids: list[int] = []
         positions, slots = [], []
         for row in rows:
@@ -152,7 +200,7 @@ class BatchBuilder:
             blocks = np.asarray(self._blocks_of(owner_of(row.sequence)))
             positions.append(at)
             slots.append(blocks[at // self._block_tokens] * self._block_tokens + at % self._block_tokens)
-        for _ in range(MIN_ROWS - len(token_ids)):
+        for _ in range(least - len(token_ids)):
             token_ids.append(0)
             positions.append(np.zeros(1, dtype=np.int64))
             slots.append(np.asarray([self._padding_block * self._block_tokens]))

@@ -15,6 +15,7 @@ import torch
 
 from engine.batch import TILE_TOKENS, BatchBuilder, StepBatch
 from engine.cache import PagedCache
+from engine.graphs import AnswerSizes, DecodeGraphs, record_on_card
 from engine.models.config import ModelConfig
 from engine.models.dense import DenseDecoder, cache_layout
 from engine.models.packed import PackedDecoder, runs_packed
@@ -96,9 +97,18 @@ class ModelRunner:
         self.pool = BlockPool(num_blocks, BLOCK_TOKENS, options.tenant_share)
         self.cache = PagedCache(self.layout, num_blocks, self.device, self.pool.blocks)
         self._model = self._open_model(open_weights(model_dir, self.config), options)
-        with_tiles = isinstance(self._model, DenseDecoder)
+        self._graphs: DecodeGraphs | None = None
+        sizes = None
+        if self.device.type == "cuda":
+            sizes = AnswerSizes.up_to(options.max_sequences, needed)
+            self._graphs = DecodeGraphs(self._decode, record_on_card)
         self._builder = BatchBuilder(
-            self.pool.blocks, BLOCK_TOKENS, self.cache.padding_block, self.device, with_tiles
+            self.pool.blocks,
+            BLOCK_TOKENS,
+            self.cache.padding_block,
+            self.device,
+            with_tiles=isinstance(self._model, DenseDecoder),
+            padded_size=sizes.fit if sizes else None,
         )
 
     def _open_model(self, weights: Weights, options: EngineOptions) -> PackedDecoder | DenseDecoder:
@@ -130,6 +140,11 @@ class ModelRunner:
         place = isa if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         return f"{self.precision}/torch-{torch.__version__}/{kernels}/{place}"
 
+    def _decode(self, batch: StepBatch) -> torch.Tensor:
+        logits = self._model.forward(batch, self.cache, lambda _: None)
+        assert logits is not None
+        return logits
+
     def build(self, plan: StepPlan) -> StepBatch:
         """The plan's arrays; reads sequences and the pool, so the caller holds the engine's lock."""
         return self._builder.build(plan)
@@ -140,7 +155,10 @@ class ModelRunner:
         `after_layer(n)`: the step's keys and values of the first n layers are in the cache.
         """
         with torch.inference_mode():
-            logits = self._model.forward(batch, self.cache, after_layer)
+            if self._graphs is not None and batch.padded is not None and not batch.chunks:
+                logits: torch.Tensor | None = self._graphs(batch)
+            else:
+                logits = self._model.forward(batch, self.cache, after_layer)
         if logits is None:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
         return logits[: batch.num_draws].cpu().numpy()

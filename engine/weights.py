@@ -1,4 +1,5 @@
-"""The weights of a prepared model directory: memory-mapped, every name and shape checked before one is used.
+"""The weights of a prepared model directory: every name and shape checked before one is used, each mapped into memory
+for as long as it is used.
 
 Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names. Nothing is unpickled, and
 nothing outside the directory is opened. Knows where tensors lie, not what is computed with them.
@@ -51,10 +52,10 @@ class _TensorFile(Protocol):
 
 
 class Weights:
-    """Tensors by name; made by `open_weights`, which has checked that all are there."""
+    """Tensors by name, each in which file; made by `open_weights`, which has checked that all are there."""
 
-    def __init__(self, holders: Mapping[str, _TensorFile]) -> None:
-        self._holders = holders
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor in the dtype of its file (float32, float16 or bfloat16), a view of the mapped file: do not
@@ -63,7 +64,8 @@ class Weights:
         Raises:
             KeyError: `name` is not a tensor of this model.
         """
-        return self._holders[name].get_tensor(name)
+        # Mapped anew each time: of a file that stays mapped every page that was ever read stays in memory.
+        return _open_file(self._files[name]).get_tensor(name)
 
     def fused(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
         """The rows of several matrices (or biases) below one another, in memory of their own, converted to
@@ -88,16 +90,17 @@ def open_weights(model_dir: Path, config: ModelConfig) -> Weights:
         WeightsError: a file is missing, truncated or damaged; a tensor is missing, unknown, or of another
             shape or dtype than the config says.
     """
-    holders: dict[str, _TensorFile] = {}
+    files: dict[str, Path] = {}
     for path in _weight_files(model_dir):
         opened = _open_file(path)
         _check_tensors(path, opened, config)
         for name in opened.keys():  # noqa: SIM118 - not iterable
-            if name in holders:
+            if name in files:
                 raise WeightsError(f"{path}: tensor {name} is in another file of the model too")
-            holders[name] = opened
-    _check_complete(model_dir, holders, config)
-    return Weights(holders)
+            files[name] = path
+    weights = Weights(files)
+    _check_complete(model_dir, files, weights, config)
+    return weights
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -204,14 +207,15 @@ def _check_tensors(path: Path, opened: _TensorFile, config: ModelConfig) -> None
             )
 
 
-def _check_complete(model_dir: Path, holders: Mapping[str, _TensorFile], config: ModelConfig) -> None:
-    missing = [name for name in expected_shapes(config) if name not in holders]
+def _check_complete(
+    model_dir: Path, files: Mapping[str, Path], weights: Weights, config: ModelConfig
+) -> None:
+    missing = [name for name in expected_shapes(config) if name not in files]
     if missing:
         more = f" and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
         raise WeightsError(f"{model_dir}: weights lack tensor {', '.join(missing[:_NUM_NAMED])}{more}")
-    if config.tie_word_embeddings and OUTPUT in holders:
-        head, embedding = (holders[name].get_tensor(name) for name in (OUTPUT, EMBEDDING))
-        if not torch.equal(head, embedding):
-            raise WeightsError(
-                f"{model_dir}: tensor {OUTPUT} differs from {EMBEDDING}, but config.json ties them"
-            )
+    is_repeated = config.tie_word_embeddings and OUTPUT in files
+    if is_repeated and not torch.equal(weights.get(OUTPUT), weights.get(EMBEDDING)):
+        raise WeightsError(
+            f"{model_dir}: tensor {OUTPUT} differs from {EMBEDDING}, but config.json ties them"
+        )

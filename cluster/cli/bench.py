@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.cli.console import err, out
 from cluster.problems import nearest_name, one_of
 
-NAMES = ("isolation", "handoff", "transfer", "codecs", "tiers", "engine", "drafts", "router", "chaos")
+NAMES = ("isolation", "handoff", "transfer", "codecs", "tiers", "engine", "drafts", "pd", "router", "chaos")
 
 
 class Report(Protocol):
@@ -48,7 +48,7 @@ def bench(
     ] = "",
     compare: Annotated[
         str,
-        typer.Option(help="engine only: beside a peer, vllm=PATH of its environment.", metavar="PEER=PATH"),
+        typer.Option(help="engine and pd: beside a peer, vllm=PATH of its environment.", metavar="PEER=PATH"),
     ] = "",
 ) -> None:
     """Run a benchmark and print what it measured."""
@@ -58,7 +58,7 @@ def bench(
         raise typer.BadParameter(_unknown(name, there), param_hint="NAME")
     if link and name != "transfer":
         raise typer.BadParameter(f"{name} has no link", param_hint="--link")
-    if compare and name != "engine":
+    if compare and name not in ("engine", "pd"):
         raise typer.BadParameter(f"{name} compares with nobody", param_hint="--compare")
     benchmark = cast(Benchmark, importlib.import_module(f"bench.{name}"))
     given = {"link": link, "compare": compare}

@@ -18,6 +18,7 @@ from engine.layers import GatedMLP, RMSNorm, Rotary, rotate
 from engine.linear import Int8Linear, Linear, Product
 from engine.models.config import ModelConfig
 from engine.rope import rope_tables
+from engine.sdpa import FusedAttention
 from engine.weights import Weights
 from kvtransfer.layouts import CacheLayout
 
@@ -74,7 +75,8 @@ class DecoderLayer:
         self._mlp = GatedMLP(
             place.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"), place.linear(f"{mlp}.down_proj")
         )
-        self._attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_dim, block_tokens)
+        attend = PagedAttention if place.device.type == "cpu" else FusedAttention
+        self._attention = attend(config.num_heads, config.num_kv_heads, config.head_dim, block_tokens)
 
     def __call__(
         self,

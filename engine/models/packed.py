@@ -4,7 +4,7 @@ step in a few calls instead of a thousand tensor operations."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -47,6 +47,15 @@ from engine.linear import quantize_weight
 from engine.models.config import ModelConfig
 from engine.rope import rope_tables
 from engine.weights import Weights
+
+_WEIGHT_BYTES = {
+    BFLOAT16_IN_TILES: 2,
+    BYTES_IN_TILES: 1,
+    BYTES_IN_LANES: 1,
+    BFLOAT16_IN_LANES: 2,
+    FLOATS_IN_LANES: 4,
+}
+_PIECE_ROWS = 4096  # a multiple of BLOCK
 
 
 def runs_packed(config: ModelConfig, precision: str, kv_dtype: str, device: torch.device) -> bool:
@@ -194,38 +203,38 @@ class PackedDecoder:
         )
 
     def _load(self, weights: Weights, names: list[list[str]], ends: int, has_bias: bool = False) -> Packed:
-        """One product per entry of `names`, of the rows of all names in it; for GATE 16 of one and 16 of the
-        other take turns."""
-        encoded, biases = [], []
-        for parts in names:
-            weight = weights.fused([f"{part}.weight" for part in parts], torch.float32)
-            missing = -len(weight) % BLOCK
+        """One product per entry of `names`, of the rows of all names in it."""
+        shapes = [weights.get(f"{part}.weight").shape for part in names[0]]
+        outputs = -(-sum(shape[0] for shape in shapes) // BLOCK) * BLOCK
+        width = shapes[0][1] * _WEIGHT_BYTES[self._kind]
+        codes = _zeros((len(names) * outputs, width), np.uint8)
+        scales, starts = _zeros(len(codes), np.float32), _zeros(len(codes), np.int32)
+        bias = _zeros(len(codes) if has_bias else 0, np.float32)
+        for layer, parts in enumerate(names):
+            at = layer * outputs
+            for piece in _pieces(weights, parts, ends):
+                end = at + len(piece)
+                packed, scales[at:end], starts[at:end] = self._encode(piece)
+                codes[at:end] = packed.reshape(-1, width)
+                at = end
             if has_bias:
-                bias = weights.fused([f"{part}.bias" for part in parts], torch.float32)
-                biases.append(torch.nn.functional.pad(bias, (0, missing)))
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
-            if ends == GATE:
-                weight = weight.view(2, -1, 16, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
-            encoded.append(self._encode(weight))
-        codes, scales, starts = (_joined(arrays) for arrays in zip(*encoded, strict=True))
-        bias = _flat(torch.cat(biases)) if biases else np.zeros(0, np.float32)
-        if biases and not self._of_bytes:
+                of_layer = weights.fused([f"{part}.bias" for part in parts], torch.float32)
+                bias[layer * outputs : layer * outputs + len(of_layer)] = of_layer.numpy()
+        if has_bias and not self._of_bytes:
             starts = bias.view(np.int32)
-        outputs = len(weight)
-        width = len(codes) // len(scales)
-        return Packed(codes, scales, starts, bias, width, outputs, ends)
+        return Packed(codes.reshape(-1), scales, starts, bias, width, outputs, ends)
 
-    def _encode(self, weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        outputs = len(weight)
+    def _encode(self, weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray | float, np.ndarray | int]:
+        """weight float32, overwritten → packed, scales and starts."""
+        if self._kind == FLOATS_IN_LANES:
+            return pack(weight.numpy()), 0.0, 0
         if not self._of_bytes:
-            narrow = self._kind != FLOATS_IN_LANES
-            rows = weight.to(torch.bfloat16).view(torch.uint16).numpy() if narrow else weight.numpy()
-            return pack(rows), np.zeros(outputs, np.float32), np.zeros(outputs, np.int32)
-        rotated = np.empty_like(weight.numpy())
-        rotate(weight.reshape(-1).numpy(), 0, weight.numel(), rotated.reshape(-1), 0)
-        codes, scale = (numbers.numpy() for numbers in quantize_weight(torch.from_numpy(rotated)))
-        starts = -128 * codes.sum(1, dtype=np.int32)
-        return pack(codes), scale / MIXED, starts  # both sides are √MIXED times as large
+            return pack(weight.to(torch.bfloat16).view(torch.uint16).numpy()), 0.0, 0
+        flat = weight.view(-1).numpy()
+        rotate(flat, 0, len(flat), flat, 0)
+        codes, scale = (numbers.numpy() for numbers in quantize_weight(weight))
+        # Both sides are √MIXED times as large.
+        return pack(codes), scale / MIXED, -128 * codes.sum(1, dtype=np.int32)
 
     def _make_rows(self, max_rows: int) -> Rows:
         config = self._config
@@ -276,9 +285,19 @@ def _zeros(shape: int | tuple[int, ...], dtype: type) -> np.ndarray:
     return raw[first : first + num_bytes].view(dtype).reshape(shape)
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    whole = _zeros(sum(map(len, arrays)), arrays[0].dtype)
-    return np.concatenate(arrays, out=whole)
+def _pieces(weights: Weights, parts: list[str], ends: int) -> Iterator[torch.Tensor]:
+    """The rows of matrices below one another in float32, a limited number at a time, the last padded to a multiple of
+    BLOCK; for GATE 16 of one and 16 of the other take turns, all at once."""
+    if len(parts) == 1:
+        whole = weights.get(f"{parts[0]}.weight")
+        pieces = [whole[first : first + _PIECE_ROWS] for first in range(0, len(whole), _PIECE_ROWS)]
+    else:
+        pieces = [weights.fused([f"{part}.weight" for part in parts], torch.float32)]
+    for piece in pieces:
+        piece = torch.nn.functional.pad(piece.to(torch.float32), (0, 0, 0, -len(piece) % BLOCK))
+        if ends == GATE:
+            piece = piece.view(2, -1, 16, piece.shape[1]).transpose(0, 1).reshape(piece.shape)
+        yield piece
 
 
 def _flat(tensor: torch.Tensor) -> np.ndarray:

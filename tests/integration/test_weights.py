@@ -106,10 +106,17 @@ def test_fused_biases_are_one_vector(tmp_path: Path) -> None:
     assert torch.equal(fused, torch.cat([tensors[name] for name in names]))
 
 
-def test_a_tensor_is_a_view_of_the_mapped_file(tmp_path: Path) -> None:
+def test_a_tensor_is_mapped_for_as_long_as_it_is_used(tmp_path: Path) -> None:
+    def is_mapped() -> bool:
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
     weights = open_weights(write(tmp_path, make_tensors()), CONFIG)
-    first, second = weights.get(QUERY), weights.get(QUERY)
-    assert first.data_ptr() == second.data_ptr()
+    assert not is_mapped()
+    tensor = weights.get(QUERY)
+    assert is_mapped()
+    assert torch.equal(tensor, make_tensors()[QUERY])
+    del tensor
+    assert not is_mapped()
 
 
 def test_shards_are_read_as_one(tmp_path: Path) -> None:
