@@ -5,21 +5,27 @@ step of one answer, tokens a second of 4 and 16 answers together; seconds until 
 process; resident memory beyond weights, cache and torch's own import. `gemm_limit_tok_s` is what prefill would be if
 it were its products alone, `stream_limit_ms` what a step would be if it were reading the weights alone, both
 measured here. Names of float32 have nothing in front, the others their precision.
+
+A peer is measured before each precision and after it, since a shared machine is not the same one half a minute later:
+`vllm_` gives medians, `_times` how many times as fast as the mean of the two a precision was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
+from itertools import pairwise
 
 from rich.console import Console
 
 from bench.engine_process import PROMPTS, STREAM_PROMPT_TOKENS, STREAMS
 from bench.kv_sample import MODEL
 from bench.report import BenchReport
-from bench.vllm_server import asked_path, served
+from bench.vllm_server import VllmServer, asked_path, served
 from cluster.model_store import resolve
 from cluster.plan import MALLOC_ENVIRONMENT
 
@@ -28,27 +34,58 @@ TIMEOUT_S = 900.0
 
 
 def run(console: Console, compare: str = "") -> BenchReport:
-    """One precision after the other; first the peer that `compare` names, as `vllm=ENVIRONMENT`.
+    """One precision after the other; in between the peer that `compare` names, as `vllm=ENVIRONMENT`.
 
     Raises ClusterError for a peer that is not known or does not start.
     """
-    metrics: dict[str, float] = {}
     num_threads = len(os.sched_getaffinity(0))
-    if compare:
-        environment = asked_path(compare)
-        waiting = console.status("vLLM (its first start compiles for minutes) …")
-        with waiting, served(environment, resolve(MODEL)) as server:
-            measured = server.measure(PROMPTS, STREAMS, STREAM_PROMPT_TOKENS)
-        metrics |= {f"vllm_{name}": value for name, value in measured.items()}
-    for precision, prefix in PREFIXES.items():
-        with console.status(f"{precision} on {num_threads} cores …"):
-            done = subprocess.run(
-                [sys.executable, "-m", "bench.engine_process", precision, str(num_threads)],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                timeout=TIMEOUT_S,
-                env=os.environ | MALLOC_ENVIRONMENT,
-            )
-        metrics |= {f"{prefix}{name}": value for name, value in json.loads(done.stdout).items()}
+    metrics: dict[str, float] = {}
+    ours: dict[str, dict[str, float]] = {}
+    theirs: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        server = None
+        if compare:
+            environment = asked_path(compare)
+            with console.status("vLLM (its first start compiles for minutes) …"):
+                server = stack.enter_context(served(environment, resolve(MODEL)))
+                theirs.append(_ask(server))
+        for precision, prefix in PREFIXES.items():
+            waiting = console.status(f"{precision} on {num_threads} cores …")
+            with waiting, server.stopped() if server is not None else contextlib.nullcontext():
+                ours[precision] = _measure(precision, num_threads)
+                metrics |= {f"{prefix}{name}": value for name, value in ours[precision].items()}
+            if server is not None:
+                with console.status("vLLM …"):
+                    theirs.append(_ask(server))
+    if theirs:
+        metrics |= {f"vllm_{name}": statistics.median(each[name] for each in theirs) for name in theirs[0]}
+        metrics |= _times(ours, theirs)
     return BenchReport("engine", metrics, (f"{num_threads} threads; steps follow prompts of 128 tokens",))
+
+
+def _ask(server: VllmServer) -> dict[str, float]:
+    return server.measure(PROMPTS, STREAMS, STREAM_PROMPT_TOKENS)
+
+
+def _measure(precision: str, num_threads: int) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.engine_process", precision, str(num_threads)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=os.environ | MALLOC_ENVIRONMENT,
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def _times(ours: dict[str, dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
+    """How many times as fast as the peer was just before and just after."""
+    found = {}
+    for (precision, measured), (before, after) in zip(ours.items(), pairwise(theirs), strict=True):
+        for name in before:
+            peer = (before[name] + after[name]) / 2
+            times = peer / measured[name] if "_ms_" in name else measured[name] / peer
+            found[f"{PREFIXES[precision]}{name}_times"] = times
+    return found

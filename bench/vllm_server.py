@@ -44,8 +44,8 @@ def served(environment: Path, model_dir: Path) -> Iterator[VllmServer]:
     cores = len(os.sched_getaffinity(0))
     arguments = ("--no-enable-prefix-caching",)
     with _serving(binary, model_dir, f"0-{cores - 1}", {}, arguments) as (port, process):
-        server = VllmServer(port)
-        server.wait(process)
+        server = VllmServer(port, process)
+        server.wait()
         yield server
 
 
@@ -65,10 +65,10 @@ def served_pair(environment: Path, model_dir: Path) -> Iterator[Callable[[list[i
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             }
             port, process = stack.enter_context(_serving(binary, model_dir, str(core), own, arguments))
-            servers.append((VllmServer(port), process))
-        for server, process in servers:
-            server.wait(process)
-        (prefill, _), (decode, _) = servers
+            servers.append(VllmServer(port, process))
+        for server in servers:
+            server.wait()
+        prefill, decode = servers
 
         def ask(prompt: list[int], max_tokens: int) -> list[float]:
             return decode.token_times(prompt, max_tokens, prefill.hand_over(prompt))
@@ -125,15 +125,26 @@ def _serving(
 class VllmServer:
     """What it does, in the metrics of `headrace bench engine`."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
         self._port = port
+        self._process = process
 
-    def wait(self, process: subprocess.Popen[bytes]) -> None:
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It gets no processor meanwhile: its workers poll when they have nothing to do."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
+
+    def wait(self) -> None:
         """Until it answers. Raises ClusterError where it ends before or takes too long."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise ClusterError(f"vLLM's server ended with status {process.returncode} before it answered")
+            status = self._process.poll()
+            if status is not None:
+                raise ClusterError(f"vLLM's server ended with status {status} before it answered")
             with contextlib.suppress(OSError):
                 self.token_times([1_000], 1)
                 return

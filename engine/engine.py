@@ -125,14 +125,14 @@ class Engine:
         self, lease_id: bytes, prompt: Sequence[int], sampling: SamplingParams, *, prefill_only: bool
     ) -> EngineSequence:
         """Compute the prompt of a reserved lease, and go on to the answer unless `prefill_only`."""
+        drafter = None if prefill_only else self._drafter(prompt)
         with self.lock:
             lease = self._leases[lease_id]
             lease.trusted = True
             sequence = self._sequence(lease_id, 0, prompt, sampling)
             sequence.num_computed = lease.cached_tokens
             sequence.prefill_only = prefill_only
-            if not prefill_only:
-                sequence.drafter = self._drafter(prompt)
+            sequence.drafter = drafter
             self.scheduler.add(sequence)
             return sequence
 
