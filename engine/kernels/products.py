@@ -58,9 +58,9 @@ class Sums(NamedTuple):
 
 def pack(rows: np.ndarray) -> np.ndarray:
     """Weights [outputs, inputs], outputs a multiple of BLOCK, of whatever type, as flat bytes."""
-    raw = np.ascontiguousarray(rows).view(np.uint8)
-    by_group = raw.reshape(len(raw) // GROUP, GROUP, -1, 4)
-    return np.ascontiguousarray(by_group.transpose(0, 2, 1, 3)).reshape(-1)
+    fours = np.ascontiguousarray(rows).view(np.uint32)
+    by_group = fours.reshape(len(fours) // GROUP, GROUP, -1)
+    return np.ascontiguousarray(by_group.transpose(0, 2, 1)).reshape(-1).view(np.uint8)
 
 
 @kernel
