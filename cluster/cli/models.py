@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +14,8 @@ from rich.table import Table
 
 from cluster.cli.console import err, out
 from cluster.model_store import ModelNotFoundError, list_models, prepare, resolve, store_root
+
+COMPILE_TIMEOUT_S = 600.0
 
 app = typer.Typer(help="Prepare models for serving, and list them.", no_args_is_help=True)
 
@@ -32,6 +38,7 @@ def prepare_model(
         raise typer.BadParameter("--if-missing needs --name")
     if if_missing and _is_prepared(name):
         err.print(f"model {name} is prepared", markup=False)
+        _compile_kernels(resolve(name))
         return
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
@@ -43,6 +50,7 @@ def prepare_model(
             bars.update(tasks[stage], completed=fraction)
 
         directory = prepare(source, name=name or None, progress=report)
+    _compile_kernels(directory)
     out.print(f"prepared {directory.name} in {directory}", markup=False, soft_wrap=True)
 
 
@@ -57,6 +65,20 @@ def list_prepared() -> None:
     for model in found:
         table.add_row(model.name, str(model.max_context), model.source, model.weights_digest[:12])
     out.print(table)
+
+
+def _compile_kernels(directory: Path) -> None:
+    """In a process of its own, which loads torch. Where it fails a worker will compile for itself, or say what is
+    wrong with the model."""
+    waiting = err.status("compiling the engine's kernels for this machine (once, about a minute) …")
+    with waiting, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, "-m", "engine.compiling", str(directory)],
+            timeout=COMPILE_TIMEOUT_S,
+            check=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
 
 def _is_prepared(name: str) -> bool:

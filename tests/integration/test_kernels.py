@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from engine.compiling import are_compiled, compile_kernels
 from engine.engine import Engine
 from engine.events import ChunkDone
 from engine.kernels.functions import exp, exp_of_negative
@@ -187,3 +188,12 @@ def test_bfloat16_is_rounded_to_even() -> None:
     out = np.empty(16, np.uint16)
     loop(x, out)
     assert out.tolist() == torch.from_numpy(x).bfloat16().view(torch.uint16).tolist()
+
+
+def test_kernels_are_compiled_once_and_only_for_models_that_run_in_them(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    open_packed(model_dir, "float32")
+    assert are_compiled()
+    assert not compile_kernels(model_dir)
+    assert not compile_kernels(make_tiny_model(tmp_path / "narrow"))
