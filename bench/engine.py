@@ -24,7 +24,7 @@ from rich.console import Console
 
 from bench.engine_process import PROMPTS, STREAM_PROMPT_TOKENS, STREAMS
 from bench.kv_sample import MODEL
-from bench.report import BenchReport
+from bench.report import BenchReport, times_as_fast
 from bench.vllm_server import VllmServer, asked_path, served
 from cluster.model_store import resolve
 from cluster.plan import MALLOC_ENVIRONMENT
@@ -86,6 +86,5 @@ def _times(ours: dict[str, dict[str, float]], theirs: list[dict[str, float]]) ->
     for (precision, measured), (before, after) in zip(ours.items(), pairwise(theirs), strict=True):
         for name in before:
             peer = (before[name] + after[name]) / 2
-            times = peer / measured[name] if "_ms_" in name else measured[name] / peer
-            found[f"{PREFIXES[precision]}{name}_times"] = times
+            found[f"{PREFIXES[precision]}{name}_times"] = times_as_fast(name, measured[name], peer)
     return found

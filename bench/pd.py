@@ -17,7 +17,7 @@ from rich.console import Console
 from bench.clusters import running, split
 from bench.kv_sample import MODEL
 from bench.prompts import distinct_prompt
-from bench.report import BenchReport
+from bench.report import BenchReport, times_as_fast
 from bench.vllm_server import asked_path, served_pair
 from cluster.model_store import resolve
 from headrace import Client
@@ -82,9 +82,5 @@ def _measured(ask: Ask) -> dict[str, float]:
 
 def _ratios(metrics: dict[str, float]) -> dict[str, float]:
     """How many times as fast as vLLM."""
-    found = {}
-    for name, value in metrics.items():
-        if not name.startswith("vllm_"):
-            peer = metrics[f"vllm_{name}"]
-            found[f"{name}_times"] = peer / value if "_ms_" in name else value / peer
-    return found
+    ours = {name: value for name, value in metrics.items() if not name.startswith("vllm_")}
+    return {f"{n}_times": times_as_fast(n, value, metrics[f"vllm_{n}"]) for n, value in ours.items()}

@@ -49,6 +49,11 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return float(np.percentile(values, percent)) if len(values) else float("nan")
 
 
+def times_as_fast(name: str, value: float, peer: float) -> float:
+    """How many times as fast as a peer, of a metric of this name: milliseconds or a rate."""
+    return peer / value if "_ms_" in name else value / peer
+
+
 def describe_host() -> dict[str, str]:
     """Processor, cores, memory and the versions that matter."""
     return {
