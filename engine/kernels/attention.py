@@ -27,7 +27,7 @@ from engine.kernels.lanes import (
     total,
     where_at_most,
 )
-from engine.kernels.outer import add_outer
+from engine.kernels.outer import add_rows
 from engine.kernels.tiles import add_product_of_bfloat16, clear, fetch, put
 from kvtransfer.compiled import Array
 
@@ -184,9 +184,9 @@ def _add_block_in_lanes(
     """The same on a processor without tiles; weights stay float32, in the place of the scores."""
     for row in range(first, num_used, 8):
         count = min(8, num_used - row)
-        _score_in_lanes(scratch, row, count > 4, size, wide)
+        _score_in_lanes(scratch, row, count, size, wide)
         _weigh(scratch, row, count, group, size, behind, False, wide)
-        _add_values_in_lanes(scratch, row, count > 4, size, wide)
+        _add_values_in_lanes(scratch, row, count, size, wide)
 
 
 @kernel
@@ -312,48 +312,36 @@ def _add_values(scratch: AttentionScratch, row: int, num_rows: int, size: int) -
 
 
 @kernel
-def _score_in_lanes(scratch: AttentionScratch, row: int, of_eight: bool, size: int, wide: bool) -> None:
-    """Of 8 rows, or of 4."""
-    zero, queries, scores = splat(np.float32(0)), scratch.wide_queries, scratch.scores
-    for i in range(row * KEYS, (row + (8 if of_eight else 4)) * KEYS, 16):
+def _score_in_lanes(scratch: AttentionScratch, row: int, count: int, size: int, wide: bool) -> None:
+    """Of up to 8 rows."""
+    zero, queries, scores, x = splat(np.float32(0)), scratch.wide_queries, scratch.scores, row * size
+    for i in range(row * KEYS, (row + 8) * KEYS, 16):
         store(scores, i, zero)
     for key in range(0, KEYS, 32):
-        x, to = row * size, row * KEYS + key
+        at, other, to = key * size, (key + 16) * size, row * KEYS + key
         if wide:
-            keys, at, other = scratch.keys.view(np.float32), key * size, (key + 16) * size
-            if of_eight:
-                add_outer(8, queries, x, size, keys, at, other, size, scores, to, KEYS)
-            else:
-                add_outer(4, queries, x, size, keys, at, other, size, scores, to, KEYS)
+            floats = scratch.keys.view(np.float32)
+            add_rows(count, queries, x, size, floats, at, other, size, scores, to, KEYS)
         else:
-            pairs_of, at, other = scratch.keys.view(np.int32), key * size // 2, (key + 16) * size // 2
-            if of_eight:
-                add_outer(8, queries, x, size, pairs_of, at, other, size // 2, scores, to, KEYS)
-            else:
-                add_outer(4, queries, x, size, pairs_of, at, other, size // 2, scores, to, KEYS)
+            twos = scratch.keys.view(np.int32)
+            add_rows(count, queries, x, size, twos, at // 2, other // 2, size // 2, scores, to, KEYS)
 
 
 @kernel
-def _add_values_in_lanes(scratch: AttentionScratch, row: int, of_eight: bool, size: int, wide: bool) -> None:
-    """To the outputs of 8 rows, or of 4."""
+def _add_values_in_lanes(scratch: AttentionScratch, row: int, count: int, size: int, wide: bool) -> None:
+    """To the outputs of up to 8 rows."""
     weights, output = scratch.scores, scratch.output
     for first in range(0, size, 32):
         to = row * size + first
         for key in range(0, KEYS, 32):
             x = row * KEYS + key
             if wide:
-                values, at = scratch.values.view(np.float32), first * KEYS + key * 16
-                if of_eight:
-                    add_outer(8, weights, x, KEYS, values, at, at + 16 * KEYS, 32, output, to, size)
-                else:
-                    add_outer(4, weights, x, KEYS, values, at, at + 16 * KEYS, 32, output, to, size)
+                floats, at = scratch.values.view(np.float32), first * KEYS + key * 16
+                add_rows(count, weights, x, KEYS, floats, at, at + 16 * KEYS, 32, output, to, size)
             else:
                 # Tiles of 32 keys, in them tiles of 16 numbers, in them a row for each pair of keys.
-                pairs_of, at = scratch.values.view(np.int32), key * size // 2 + first * 16
-                if of_eight:
-                    add_outer(8, weights, x, KEYS, pairs_of, at, at + 256, 16, output, to, size)
-                else:
-                    add_outer(4, weights, x, KEYS, pairs_of, at, at + 256, 16, output, to, size)
+                twos, at = scratch.values.view(np.int32), key * size // 2 + first * 16
+                add_rows(count, weights, x, KEYS, twos, at, at + 256, 16, output, to, size)
 
 
 @kernel

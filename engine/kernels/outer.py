@@ -23,9 +23,11 @@ from engine.kernels.lanes import (
     byte_products,
     call,
     halves,
+    kernel,
     load_from,
     spread,
 )
+from kvtransfer.compiled import Array
 
 COLUMNS = 2  # vectors of 16
 _I32, _F32 = ir.IntType(32), ir.FloatType()
@@ -195,3 +197,26 @@ def add_outer(
         types.void(num_rows, numbers, intp, intp, columns, intp, intp, intp, out, intp, intp),
         generate,
     )
+
+
+@kernel
+def add_rows(
+    count: int,
+    numbers: Array,
+    first: int,
+    step: int,
+    columns: Array,
+    at: int,
+    other: int,
+    num_steps: int,
+    out: Array,
+    to: int,
+    stride: int,
+) -> None:
+    """`add_outer` of `count` rows, 1 to 8; it may read and write what lies where the rows up to the eighth would."""
+    if count > 4:
+        add_outer(8, numbers, first, step, columns, at, other, num_steps, out, to, stride)
+    elif count > 1:
+        add_outer(4, numbers, first, step, columns, at, other, num_steps, out, to, stride)
+    else:
+        add_outer(1, numbers, first, step, columns, at, other, num_steps, out, to, stride)

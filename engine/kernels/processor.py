@@ -15,7 +15,7 @@ from engine.kernels.lanes import address, call
 _FEATURES = binding.get_host_cpu_features()
 HAS_WIDE_VECTORS = bool(_FEATURES.get("avx512f"))
 HAS_BYTE_PRODUCTS = bool(_FEATURES.get("avx512vnni"))
-"""Whether `lanes.add_products_of_bytes` may be used."""
+"""Whether `lanes.byte_products` may be used."""
 
 TINY_IS_ZERO = np.int32(0x9FC0)
 _I32 = ir.IntType(32)

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.kernels.functions import exp, inverse
 from engine.kernels.lanes import kernel, load, splat, store, to_floats
-from engine.kernels.outer import add_bytes, add_outer
+from engine.kernels.outer import add_bytes, add_rows
 from engine.kernels.processor import expect
 from engine.kernels.tiles import (
     add_product_of_bfloat16,
@@ -315,40 +315,16 @@ def _sum_floats_in_lanes(
 ) -> None:
     """wide: whether weights are float32, too."""
     _begin_sums(packed, here, count, sums.whole, to)
+    numbers = codes.view(np.float32)
     for line in range(0, packed.width, NEAR_LINES * LINE):
         num_bytes = min(NEAR_LINES * LINE, packed.width - line)
-        first, i = at // 4 + line * 4, 0
-        while i < count:
-            one = count - i == 1
-            x = (row + i) * room // 4 + (line // 4 if wide else line // 2)
-            _add_floats(wide, one, codes, x, room, packed, first, num_bytes // 4, sums.floats, to + i * BLOCK)
-            i += 1 if one else 8
-
-
-@kernel
-def _add_floats(
-    wide: bool,
-    one: bool,
-    codes: Array,
-    x: int,
-    room: int,
-    packed: Packed,
-    first: int,
-    steps: int,
-    sums: Array,
-    to: int,
-) -> None:
-    """Of one row or of 8."""
-    numbers, stride, last = codes.view(np.float32), room // 4, first + 4 * packed.width
-    if wide:
-        floats = packed.codes.view(np.float32)
-        if one:
-            add_outer(1, numbers, x, stride, floats, first, last, steps, sums, to, BLOCK)
-        else:
-            add_outer(8, numbers, x, stride, floats, first, last, steps, sums, to, BLOCK)
-    else:
-        pairs = packed.codes.view(np.int32)
-        if one:
-            add_outer(1, numbers, x, stride, pairs, first, last, steps, sums, to, BLOCK)
-        else:
-            add_outer(8, numbers, x, stride, pairs, first, last, steps, sums, to, BLOCK)
+        first, steps = at // 4 + line * 4, num_bytes // 4
+        last, inputs_at = first + 4 * packed.width, line // 4 if wide else line // 2
+        for i in range(0, count, 8):
+            few, x, target = min(8, count - i), (row + i) * room // 4 + inputs_at, to + i * BLOCK
+            if wide:
+                floats = packed.codes.view(np.float32)
+                add_rows(few, numbers, x, room // 4, floats, first, last, steps, sums.floats, target, BLOCK)
+            else:
+                pairs = packed.codes.view(np.int32)
+                add_rows(few, numbers, x, room // 4, pairs, first, last, steps, sums.floats, target, BLOCK)
