@@ -7,7 +7,7 @@ it were its products alone, `stream_limit_ms` what a step would be if it were re
 measured here. Names of float32 have nothing in front, the others their precision.
 
 A peer is measured before each precision and after it, since a shared machine is not the same one half a minute later:
-`vllm_` gives medians, `_times` how many times as fast as the mean of the two a precision was.
+`vllm_` or `llama_cpp_` gives medians, `_times` how many times as fast as the mean of the two a precision was.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rich.console import Console
 
 from bench.engine_process import PROMPTS, STREAM_PROMPT_TOKENS, STREAMS
 from bench.kv_sample import MODEL
+from bench.peer import LLAMA_CPP, VLLM, Peer, asked, there
 from bench.report import BenchReport, times_as_fast
-from bench.vllm_server import VllmServer, asked_path, served
 from cluster.model_store import resolve
 from cluster.plan import MALLOC_ENVIRONMENT
 
@@ -34,7 +34,7 @@ TIMEOUT_S = 900.0
 
 
 def run(console: Console, compare: str = "") -> BenchReport:
-    """One precision after the other; in between the peer that `compare` names, as `vllm=ENVIRONMENT`.
+    """One precision after the other; in between the peer that `compare` names, as `PEER=ENVIRONMENT`.
 
     Raises ClusterError for a peer that is not known or does not start.
     """
@@ -43,28 +43,31 @@ def run(console: Console, compare: str = "") -> BenchReport:
     ours: dict[str, dict[str, float]] = {}
     theirs: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
-        server = None
+        name, peer = "", None
         if compare:
-            environment = asked_path(compare)
-            with console.status("vLLM (its first start compiles for minutes) …"):
-                server = stack.enter_context(served(environment, resolve(MODEL)))
-                theirs.append(_ask(server))
+            name, environment = asked(compare, (VLLM, LLAMA_CPP))
+            with console.status(f"{name} (vLLM's first start compiles for minutes) …"):
+                peer = stack.enter_context(there(name, environment, resolve(MODEL)))
+                theirs.append(_ask(peer))
         for precision, prefix in PREFIXES.items():
             waiting = console.status(f"{precision} on {num_threads} cores …")
-            with waiting, server.stopped() if server is not None else contextlib.nullcontext():
+            with waiting, peer.stopped() if peer is not None else contextlib.nullcontext():
                 ours[precision] = _measure(precision, num_threads)
-                metrics |= {f"{prefix}{name}": value for name, value in ours[precision].items()}
-            if server is not None:
-                with console.status("vLLM …"):
-                    theirs.append(_ask(server))
+                metrics |= {f"{prefix}{metric}": value for metric, value in ours[precision].items()}
+            if peer is not None:
+                with console.status(f"{name} …"):
+                    theirs.append(_ask(peer))
     if theirs:
-        metrics |= {f"vllm_{name}": statistics.median(each[name] for each in theirs) for name in theirs[0]}
+        front = name.replace("-", "_")
+        metrics |= {
+            f"{front}_{metric}": statistics.median(each[metric] for each in theirs) for metric in theirs[0]
+        }
         metrics |= _times(ours, theirs)
     return BenchReport("engine", metrics, (f"{num_threads} threads; steps follow prompts of 128 tokens",))
 
 
-def _ask(server: VllmServer) -> dict[str, float]:
-    return server.measure(PROMPTS, STREAMS, STREAM_PROMPT_TOKENS)
+def _ask(peer: Peer) -> dict[str, float]:
+    return peer.measure(PROMPTS, STREAMS, STREAM_PROMPT_TOKENS)
 
 
 def _measure(precision: str, num_threads: int) -> dict[str, float]:

@@ -16,9 +16,10 @@ from rich.console import Console
 
 from bench.clusters import running, split
 from bench.kv_sample import MODEL
+from bench.peer import VLLM, asked
 from bench.prompts import distinct_prompt
 from bench.report import BenchReport, times_as_fast
-from bench.vllm_server import asked_path, served_pair
+from bench.vllm_server import served_pair
 from cluster.model_store import resolve
 from headrace import Client
 
@@ -36,8 +37,9 @@ def run(console: Console, compare: str = "") -> BenchReport:
     """The peer first. Raises ClusterError for one that is not known or does not start."""
     metrics: dict[str, float] = {}
     if compare:
+        _, environment = asked(compare, (VLLM,))
         waiting = console.status("vLLM 1P1D (its first start compiles for minutes) …")
-        with waiting, served_pair(asked_path(compare), resolve(MODEL)) as ask:
+        with waiting, served_pair(environment, resolve(MODEL)) as ask:
             metrics |= {f"vllm_{name}": value for name, value in _measured(ask).items()}
     with running(split(precision="int8"), console) as cluster, Client(cluster.address) as client:
         metrics |= _measured(_asking(client))

@@ -29,14 +29,6 @@ RUNS = 3
 _MODEL = "served"
 
 
-def asked_path(compare: str) -> Path:
-    """The environment in `vllm=PATH`. Raises ClusterError for another peer."""
-    peer, _, where = compare.partition("=")
-    if peer != "vllm" or not where:
-        raise ClusterError(f"--compare {compare}: the peer that is known is vllm=PATH, a virtual environment")
-    return Path(where)
-
-
 @contextlib.contextmanager
 def served(environment: Path, model_dir: Path) -> Iterator[VllmServer]:
     """A server that answers. Raises ClusterError where it does not start."""

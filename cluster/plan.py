@@ -25,9 +25,6 @@ from cluster.profile import Answering, LoadedProfile, is_loopback, split_address
 from cluster.units import format_size
 from worker.config import WorkerRole
 
-PRECISIONS = ("float32", "bfloat16", "int8")
-"""What the engine of this version computes in."""
-
 MALLOC_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
@@ -141,7 +138,7 @@ def plan(loaded: LoadedProfile, nodes: Sequence[Node], model: ModelFacts = Model
     router = RouterPlan(node=nodes[0], cpus=divisions[nodes[0].address].service, host=host, port=port)
     problems = [
         *_mixed_devices(loaded, placed),
-        *_integers_on_gpus(loaded, placed),
+        *_wrong_device(loaded, placed),
         *memory_problems(loaded, placed, kv_bytes, numbers, model),
         *_router_problems(loaded, workers, router),
     ]
@@ -171,9 +168,6 @@ def environment(worker: WorkerPlan) -> dict[str, str]:
 
 def _model_problems(loaded: LoadedProfile, model: ModelFacts) -> Iterator[Problem]:
     wanted = loaded.profile.model
-    if wanted.precision not in ("auto", *PRECISIONS):
-        message = f'"{wanted.precision}" is not built into this version'
-        yield loaded.problem(("model", "precision"), message, expected=one_of(("auto", *PRECISIONS)))
     if wanted.max_context and model.max_context and wanted.max_context > model.max_context:
         message = f"{wanted.max_context} tokens are more than the model was made for"
         yield loaded.problem(("model", "max_context"), message, expected=f"at most {model.max_context}")
@@ -228,10 +222,13 @@ def _stores(loaded: LoadedProfile, workers: Sequence[WorkerPlan]) -> Iterator[St
         )
 
 
-def _integers_on_gpus(loaded: LoadedProfile, placed: Sequence[Placed]) -> Iterator[Problem]:
+def _wrong_device(loaded: LoadedProfile, placed: Sequence[Placed]) -> Iterator[Problem]:
     if loaded.profile.model.precision == "int8" and any(slot.gpus for slot in placed):
         message = "int8 runs on CPUs, here workers have GPUs"
         yield loaded.problem(("model", "precision"), message, expected="auto or bfloat16")
+    if loaded.profile.model.precision == "fp8" and not all(slot.gpus for slot in placed):
+        message = "fp8 runs on GPUs, here workers have none"
+        yield loaded.problem(("model", "precision"), message, expected="auto or int8")
 
 
 def _mixed_devices(loaded: LoadedProfile, placed: Sequence[Placed]) -> Iterator[Problem]:

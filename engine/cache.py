@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 
+from engine.copy_lane import CopyLane
 from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, convertible
 
 _T = TypeVar("_T", np.ndarray, torch.Tensor)
@@ -44,7 +45,8 @@ class PagedCache:
     """Tensors of every plane of `layout`, zeroed, for `num_blocks` blocks and the padding block.
 
     `planes[name]` has shape [layers, heads, (num_blocks + 1) * block_tokens, width]. `blocks_of(owner)`: its
-    blocks by position; KeyError for an unknown owner. The layout's block size may be any.
+    blocks by position; KeyError for an unknown owner. The layout's block size may be any. `lane`: how pieces are
+    copied where the planes are not in host memory.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class PagedCache:
         num_blocks: int,
         device: torch.device,
         blocks_of: Callable[[bytes], Sequence[int]],
+        lane: CopyLane | None = None,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.padding_block = num_blocks
         self._blocks_of = blocks_of
+        self._lane = lane
         self.planes = {
             plane.name: torch.zeros(
                 (plane.layers, plane.heads, (num_blocks + 1) * layout.block_tokens, plane.fields[0].width),
@@ -66,7 +70,7 @@ class PagedCache:
             )
             for plane in layout.planes
         }
-        self._rows = {name: _by_row(tensor) for name, tensor in self.planes.items() if not tensor.is_cuda}
+        self._rows = {name: _by_row(tensor) for name, tensor in self.planes.items() if lane is None}
 
     @property
     def num_bytes(self) -> int:
@@ -82,8 +86,8 @@ class PagedCache:
         if out is not None and len(out) != num_bytes:
             raise ValueError(f"a piece of {num_bytes} bytes does not fit into {len(out)}")
         stored = self.planes[piece.plane]
-        if stored.is_cuda:
-            raw = gather_box(stored, piece, runs, dtype)
+        if self._lane is not None:
+            raw = self._lane.to_host(lambda: gather_box(stored, piece, runs, dtype))
             return raw if out is None else out.copy_(raw)
         raw = torch.empty(num_bytes, dtype=torch.uint8) if out is None else out
         if dtype == stored.dtype:
@@ -101,8 +105,8 @@ class PagedCache:
         if len(data) != num_bytes:
             raise ValueError(f"{len(data)} bytes for a piece of {num_bytes}")
         stored = self.planes[piece.plane]
-        if stored.is_cuda:
-            scatter_box(stored, piece, runs, data.to(stored.device).view(dtype))
+        if self._lane is not None:
+            self._lane.to_card(data, lambda raw: scatter_box(stored, piece, runs, raw.view(dtype)))
             return
         raw = data.cpu()
         if dtype != stored.dtype:
@@ -113,8 +117,13 @@ class PagedCache:
 
     def fence(self) -> None:
         """Wait until everything scattered can be read by the next step."""
-        if next(iter(self.planes.values())).is_cuda:
-            torch.cuda.synchronize()
+        if self._lane is not None:
+            self._lane.fence()
+
+    def steps_wrote(self) -> None:
+        """What steps were told to write so far may be gathered."""
+        if self._lane is not None:
+            self._lane.steps_wrote()
 
     def copy_blocks(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole blocks within the cache."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from engine.loops import quantize_rows, rotate_rows
 
 _INT8_MAX = 127
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _MOST_MIXED = 64  # numbers; what divides the width may be less
 _SMALLEST_SCALE = 1e-30  # of an output whose weights are all 0
 MIN_ROWS = 2  # fewer rows would take a kernel of their own
@@ -93,6 +94,32 @@ class Int8Linear:
         )
         y.mul_(scales)
         return y if self._bias is None else y.add_(self._bias)
+
+
+class Fp8Linear:
+    """y = x Wᵀ + b in float8 e4m3, for cards that have its products: weights with a scale per output, each row of x
+    with a scale of its own. Inner and outer width are multiples of 16. Not run on a card; torch's own product of the
+    same arguments on the CPU has been."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._codes, scale = quantize_fp8(weight)
+        self._scale = scale.view(1, -1)
+        self._bias = bias.float() if bias is not None else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scale = quantize_fp8(x)
+        y: torch.Tensor = torch._scaled_mm(
+            codes, self._codes.t(), scale_a=scale, scale_b=self._scale, out_dtype=torch.bfloat16
+        )
+        return y.float() if self._bias is None else y.float().add_(self._bias)
+
+
+def quantize_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows [T, width] → codes float8_e4m3fn [T, width] and scales float32 [T, 1]: codes · scale ≈ rows."""
+    rows = rows.float()
+    scale = rows.abs().amax(1, keepdim=True).div_(_FP8_MAX).clamp_(min=_SMALLEST_SCALE)
+    return (rows / scale).to(torch.float8_e4m3fn), scale
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

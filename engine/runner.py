@@ -15,6 +15,7 @@ import torch
 
 from engine.batch import TILE_TOKENS, BatchBuilder, StepBatch
 from engine.cache import PagedCache
+from engine.copy_lane import CardStreams, CopyLane
 from engine.graphs import AnswerSizes, DecodeGraphs, record_on_card
 from engine.models.config import ModelConfig
 from engine.models.dense import DenseDecoder, cache_layout
@@ -27,7 +28,8 @@ BLOCK_TOKENS = 64
 """Of a block in memory and of a key block (design §4). The engine has no other size; a cache at the other end of a
 transfer may (kvtransfer/recut.py), since pieces travel by entry."""
 PROBE_TOKENS = TILE_TOKENS + 24  # of the longest step that is computed at start (engine/probe.py)
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("float32", "bfloat16", "int8", "fp8")
+FP8_CAPABILITY = (8, 9)
 
 
 class EngineError(Exception):
@@ -36,7 +38,7 @@ class EngineError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How to run a model. `precision`: float32 | bfloat16 | int8 | auto; `kv_dtype`: float32 | bfloat16 | auto.
+    """How to run a model. `precision`: float32 | bfloat16 | int8 | fp8 | auto; `kv_dtype`: float32 | bfloat16 | auto.
 
     `max_context`, `chunk_tokens` in tokens; `kv_bytes` bounds the cache; `num_threads` of one product.
     `tenant_share`: the part of the cache, at least one context of it, within which no other tenant takes a
@@ -71,11 +73,12 @@ class ModelRunner:
         torch.set_num_threads(options.num_threads)
         self.config: ModelConfig = ModelConfig.open(model_dir)
         self.device = torch.device(options.device)
-        self.precision = "float32" if options.precision == "auto" else options.precision
+        self.precision = options.precision
+        if self.precision == "auto":
+            self.precision = "float32" if self.device.type == "cpu" else "bfloat16"
         if self.precision not in PRECISIONS:
             raise EngineError(f"precision {self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
-        if self.precision == "int8" and self.device.type != "cpu":
-            raise EngineError(f"precision int8 runs on the CPU, not on {self.device}: use bfloat16")
+        self._check_device()
         kv_dtype = options.kv_dtype
         if kv_dtype == "auto":
             kv_dtype = "float32" if self.precision == "float32" else "bfloat16"
@@ -95,7 +98,8 @@ class ModelRunner:
                 f"one context of {self.max_context} tokens takes: raise kv_memory or the share"
             )
         self.pool = BlockPool(num_blocks, BLOCK_TOKENS, options.tenant_share)
-        self.cache = PagedCache(self.layout, num_blocks, self.device, self.pool.blocks)
+        lane = CopyLane(CardStreams(self.device)) if self.device.type == "cuda" else None
+        self.cache = PagedCache(self.layout, num_blocks, self.device, self.pool.blocks, lane)
         self._model = self._open_model(open_weights(model_dir, self.config), options)
         self._graphs: DecodeGraphs | None = None
         sizes = None
@@ -110,6 +114,19 @@ class ModelRunner:
             with_tiles=isinstance(self._model, DenseDecoder),
             padded_size=sizes.fit if sizes else None,
         )
+
+    def _check_device(self) -> None:
+        if self.precision == "int8" and self.device.type != "cpu":
+            raise EngineError(f"precision int8 runs on the CPU, not on {self.device}: use bfloat16")
+        if self.precision != "fp8":
+            return
+        if self.device.type != "cuda":
+            raise EngineError(f"precision fp8 runs on GPUs, not on {self.device}: use int8")
+        if torch.cuda.get_device_capability(self.device) < FP8_CAPABILITY:
+            raise EngineError(
+                f"{torch.cuda.get_device_name(self.device)} has no products of fp8 (compute capability 8.9 has): "
+                "use bfloat16"
+            )
 
     def _open_model(self, weights: Weights, options: EngineOptions) -> PackedDecoder | DenseDecoder:
         kv_dtype = self.layout.plane("k").fields[0].dtype
@@ -158,10 +175,20 @@ class ModelRunner:
             if self._graphs is not None and batch.padded is not None and not batch.chunks:
                 logits: torch.Tensor | None = self._graphs(batch)
             else:
-                logits = self._model.forward(batch, self.cache, after_layer)
+                logits = self._model.forward(batch, self.cache, self._reporting(after_layer))
+            self.cache.steps_wrote()
         if logits is None:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
         return logits[: batch.num_draws].cpu().numpy()
+
+    def _reporting(self, after_layer: Callable[[int], None]) -> Callable[[int], None]:
+        """`after_layer`, told of what may be copied by now."""
+
+        def report(num_layers: int) -> None:
+            self.cache.steps_wrote()
+            after_layer(num_layers)
+
+        return report
 
 
 def _leave_out_amx() -> None:

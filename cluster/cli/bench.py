@@ -48,7 +48,10 @@ def bench(
     ] = "",
     compare: Annotated[
         str,
-        typer.Option(help="engine and pd: beside a peer, vllm=PATH of its environment.", metavar="PEER=PATH"),
+        typer.Option(
+            help="engine, pd: beside a peer, vllm=PATH of its environment (engine: llama-cpp=PATH too).",
+            metavar="PEER=PATH",
+        ),
     ] = "",
 ) -> None:
     """Run a benchmark and print what it measured."""

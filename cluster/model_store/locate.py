@@ -16,7 +16,7 @@ def open_source(source: str) -> ModelSource:
         return open_directory(path)
     if path.is_file():
         return open_gguf_source(path)
-    packaged = _packaged_gguf(source)
+    packaged = packaged_gguf(source)
     if packaged is None:
         raise SourceNotFoundError(
             f"{source}: neither a file, nor a directory, nor an installed Python package. Give a GGUF file, a"
@@ -25,7 +25,7 @@ def open_source(source: str) -> ModelSource:
     return open_gguf_source(packaged)
 
 
-def _packaged_gguf(name: str) -> Path | None:
+def packaged_gguf(name: str) -> Path | None:
     """The one GGUF file of the installed distribution `name`, None if there is no such distribution."""
     try:
         distribution = metadata.distribution(name)

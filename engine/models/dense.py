@@ -15,7 +15,7 @@ from engine.attention import PagedAttention
 from engine.batch import StepBatch
 from engine.cache import PagedCache, gqa_layout
 from engine.layers import GatedMLP, RMSNorm, Rotary, rotate
-from engine.linear import Int8Linear, Linear, Product
+from engine.linear import Fp8Linear, Int8Linear, Linear, Product
 from engine.models.config import ModelConfig
 from engine.rope import rope_tables
 from engine.sdpa import FusedAttention
@@ -48,7 +48,13 @@ class Placement:
         offset = None
         if bias:
             offset = self.weights.fused([f"{name}.bias" for name in names], torch.float32).to(self.device)
-        return Int8Linear(weight, offset) if self.precision == "int8" else Linear(weight, offset)
+        match self.precision:
+            case "int8":
+                return Int8Linear(weight, offset)
+            case "fp8":
+                return Fp8Linear(weight, offset)
+            case _:
+                return Linear(weight, offset)
 
     def head(self, embedding: torch.Tensor) -> Product:
         """The output head that an embedding [vocabulary, hidden] is, too."""

@@ -135,10 +135,13 @@ def test_more_memory_than_a_gpu_has_names_the_place() -> None:
     assert problem.path == ("decode", "kv_memory")
 
 
-def test_a_precision_that_is_not_built_says_which_are() -> None:
-    loaded = parse_profile("version: 1\nname: x\nmodel: {path: a, precision: fp8}\ncolocated: {}\n", "p.yaml")
-    with pytest.raises(ProfileError, match="expected auto, float32, bfloat16 or int8"):
-        plan(loaded, [machine(2)])
+def test_fp8_is_for_gpus() -> None:
+    head = HEAD.replace("tiny}", "tiny, precision: fp8}")
+    sections = "prefill: {resources: {gpus: 1}}\ndecode: {resources: {gpus: 1}}\n"
+    result = plan(parse_profile(head + sections, "p.yaml"), [machine(4, 2)])
+    assert (result.precision, result.kv_dtype) == ("fp8", "bfloat16")
+    with pytest.raises(ProfileError, match="fp8 runs on GPUs"):
+        plan(parse_profile(head + "colocated: {}\n", "p.yaml"), [machine(2)])
 
 
 def test_int8_keeps_its_cache_in_bfloat16_and_is_for_the_cpu() -> None:
