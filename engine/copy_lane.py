@@ -3,8 +3,8 @@ that stay where they are.
 
 What must come after what, in three rules: a copy out waits for what the steps had written when it was asked for, not
 for what they were given since; a copy in waits for the same, whose reads of a block it must not overtake; a step
-after `fence` waits for every copy in before it. On a card this has not been run by the project's tests; the rules
-have, with streams that say what they are told.
+waits for every copy in that was begun before it (`fence`). On a card this has not been run by the project's tests; the
+rules have, with streams that keep books.
 """
 
 from __future__ import annotations

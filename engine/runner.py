@@ -172,6 +172,8 @@ class ModelRunner:
         `after_layer(n)`: the step's keys and values of the first n layers are in the cache.
         """
         with torch.inference_mode():
+            # Also for copies into blocks whose lease has ended meanwhile: they must not land on what this step writes.
+            self.cache.fence()
             if self._graphs is not None and batch.padded is not None and not batch.chunks:
                 logits: torch.Tensor | None = self._graphs(batch)
             else:

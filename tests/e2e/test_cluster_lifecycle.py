@@ -116,19 +116,6 @@ def test_down_leaves_nothing(home: Home) -> None:
     assert home.run("status").returncode == 1
 
 
-def test_a_cluster_whose_ray_died_is_noticed_and_replaced(home: Home) -> None:
-    assert home.up(COLOCATED).returncode == 0
-    local_ray = home.state().local_ray
-    assert local_ray is not None
-    os.kill(local_ray.pid, signal.SIGKILL)
-    wait_until(lambda: not local_ray.is_running(), "Ray's first process ends")
-    answer = home.run("status")
-    assert answer.returncode == 1
-    assert "has ended without" in answer.stderr
-    assert home.run("down").returncode == 0
-    assert not local_ray.processes()
-
-
 def test_a_worker_that_cannot_start_is_named_and_nothing_is_left(home: Home) -> None:
     weights = home.path / "models" / "tiny" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -161,3 +148,16 @@ def test_json_status_is_one_object(split_cluster: Home) -> None:
     status = json.loads(split_cluster.run("status", "--json").stdout)
     assert status["profile"] == "tiny"
     assert status["router_address"] == split_cluster.state().router_address
+
+
+def test_a_cluster_whose_ray_died_is_noticed_and_cleared_away(split_cluster: Home) -> None:
+    """The last of this module: it ends the cluster that the others share."""
+    local_ray = split_cluster.state().local_ray
+    assert local_ray is not None
+    os.kill(local_ray.pid, signal.SIGKILL)
+    wait_until(lambda: not local_ray.is_running(), "Ray's first process ends")
+    answer = split_cluster.run("status")
+    assert answer.returncode == 1
+    assert "has ended without" in answer.stderr
+    assert split_cluster.run("down").returncode == 0
+    assert not local_ray.processes()

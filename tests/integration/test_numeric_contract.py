@@ -36,6 +36,7 @@ class Model:
 
     path: Path
     precision: str
+    in_kernels: bool
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -46,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     kv_dtype = "float32" if precision == "float32" else "bfloat16"
     if in_kernels and not runs_packed(ModelConfig.open(home), precision, kv_dtype, torch.device("cpu")):
         pytest.skip(f"this processor has no kernels for {precision}")
-    return Model(home, precision)
+    return Model(home, precision, bool(in_kernels))
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,9 @@ def test_the_probe_finds_the_contract_kept(model: Model) -> None:
     assert open_engine(model).invariant
 
 
-def test_64_interleaved_requests_equal_each_run_alone(model: Model, roomy: Engine) -> None:
-    rng = random.Random(7)
-    requests = list(zip(prompts(64, seed=1), samplings(64), strict=True))
+def test_interleaved_requests_equal_each_run_alone(model: Model, roomy: Engine) -> None:
+    rng, count = random.Random(7), 64 if model.in_kernels else 24  # single operations take four times as long
+    requests = list(zip(prompts(count, seed=1), samplings(count), strict=True))
     tight = open_engine(model, kv_bytes=kv_bytes_of(model, 22), chunk_tokens=96)
     driver = Driver(tight)
     waiting = list(enumerate(requests))
@@ -218,7 +219,9 @@ def test_a_handed_over_prompt_goes_on_as_if_computed_here(
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_nan_ends_its_own_request_and_leaves_no_trace(tmp_path: Path, precision: str) -> None:
-    poisoned = Model(make_tiny_model(tmp_path / "nan", max_context=MAX_CONTEXT, nan_token_id=9), precision)
+    poisoned = Model(
+        make_tiny_model(tmp_path / "nan", max_context=MAX_CONTEXT, nan_token_id=9), precision, False
+    )
     engine = open_engine(poisoned, kv_bytes=kv_bytes_of(poisoned, 18))
     good = SamplingParams(temperature=0.0, max_tokens=8, logit_bias=((9, -100.0),))
     prompt = [20 + index % 200 for index in range(150)]
