@@ -20,6 +20,7 @@ import torch
 
 from bench.kv_sample import MODEL
 from bench.prompts import distinct_prompt
+from bench.speeds import speeds
 from cluster.model_store import resolve
 from engine.engine import Engine
 from engine.events import PrefillDone
@@ -55,15 +56,11 @@ def measure(precision: str, num_threads: int) -> dict[str, float]:
     ready_s = time.time() - psutil.Process().create_time()
     found = {"ready_s": ready_s, "invariant": float(engine.invariant)}
     seeds = iter(range(10_000))
-    for num_tokens in PROMPTS:
-        runs = [_prefill_s(engine, num_tokens, next(seeds)) for _ in range(RUNS)]
-        found[f"prefill_tok_s_{num_tokens}"] = num_tokens / statistics.median(runs)
-    for num_streams in STREAMS:
-        step_s = _step_s(engine, num_streams, seeds)
-        if num_streams == 1:
-            found["decode_ms_b1"] = 1e3 * step_s
-        else:
-            found[f"out_tok_s_c{num_streams}"] = num_streams / step_s
+    prefill_s = {
+        num_tokens: statistics.median(_prefill_s(engine, num_tokens, next(seeds)) for _ in range(RUNS))
+        for num_tokens in PROMPTS
+    }
+    found |= speeds(prefill_s, {num_streams: _step_s(engine, num_streams, seeds) for num_streams in STREAMS})
     torch_mib = float(subprocess.check_output([sys.executable, "-c", _TORCH_ALONE], text=True)) / 1024
     kept_mib = (_weight_bytes(engine.config, precision) + engine.cache.num_bytes) / _MIB
     found["extra_rss_mib"] = _peak_rss_mib() - torch_mib - kept_mib

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import llama_cpp_process
+from bench.speeds import speeds
 from cluster.errors import ClusterError
 from cluster.model_store.locate import packaged_gguf
 
@@ -54,19 +55,14 @@ class LlamaCpp:
             "streams": streams,
             "prompt_tokens": prompt_tokens,
         }
-        done = subprocess.run(
-            [
-                str(self._python),
-                "-I",
-                llama_cpp_process.__file__,
-                json.dumps(wanted),
-            ],  # this folder not in its path
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
+        # Isolated, so that this folder, in which there is a `codecs`, does not come before Python's own.
+        command = [str(self._python), "-I", llama_cpp_process.__file__, json.dumps(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
             raise ClusterError(f"llama.cpp's process ended with status {done.returncode}: {last[0]}")
-        found: dict[str, float] = json.loads(done.stdout)
-        return found
+        found = json.loads(done.stdout)
+        return speeds(
+            dict(zip(prompts, found["prefill_s"], strict=True)),
+            dict(zip(streams, found["step_s"], strict=True)),
+        )

@@ -1,6 +1,6 @@
 """llama.cpp by itself, measured by its own interpreter: `python llama_cpp_process.py WANTED`, one JSON object.
 
-Imports nothing of Headrace. Prints metrics of `headrace bench engine` as one JSON object.
+Imports nothing of Headrace. Prints seconds as one JSON object (`measure`).
 """
 
 from __future__ import annotations
@@ -65,28 +65,26 @@ class Context:
         self._api.llama_synchronize(self._context)
 
 
-def measure(wanted: dict[str, Any]) -> dict[str, float]:
-    """All of it."""
+def measure(wanted: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of each prompt and of a step of each number of answers, in the order in which they are wanted."""
     prompt_tokens, streams = wanted["prompt_tokens"], wanted["streams"]
     room = max([*wanted["prompts"], max(streams) * (prompt_tokens + STEPS)]) + BATCH_TOKENS
     context = Context(wanted["file"], wanted["num_threads"], max(streams), room)
-    found = {}
     context.read(_prompt(64, 0), 0)
-    for num_tokens in wanted["prompts"]:
-        runs = []
-        for seed in range(RUNS if num_tokens <= LONG_TOKENS else 1):
-            context.clear()
-            began = time.perf_counter()
-            context.read(_prompt(num_tokens, seed), 0)
-            runs.append(time.perf_counter() - began)
-        found[f"prefill_tok_s_{num_tokens}"] = num_tokens / statistics.median(runs)
-    for num_streams in streams:
-        step_s = _step_s(context, num_streams, prompt_tokens)
-        if num_streams == 1:
-            found["decode_ms_b1"] = 1e3 * step_s
-        else:
-            found[f"out_tok_s_c{num_streams}"] = num_streams / step_s
-    return found
+    return {
+        "prefill_s": [_prefill_s(context, num_tokens) for num_tokens in wanted["prompts"]],
+        "step_s": [_step_s(context, num_streams, prompt_tokens) for num_streams in streams],
+    }
+
+
+def _prefill_s(context: Context, num_tokens: int) -> float:
+    runs = []
+    for seed in range(RUNS if num_tokens <= LONG_TOKENS else 1):
+        context.clear()
+        began = time.perf_counter()
+        context.read(_prompt(num_tokens, seed), 0)
+        runs.append(time.perf_counter() - began)
+    return statistics.median(runs)
 
 
 def _step_s(context: Context, num_streams: int, prompt_tokens: int) -> float:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.prompts import distinct_prompt
+from bench.speeds import speeds
 from cluster.errors import ClusterError
 from cluster.local_ray import free_port
 
@@ -148,22 +149,17 @@ class VllmServer:
     ) -> dict[str, float]:
         """Prefill by time to the first token, steps by the time between tokens of answers to prompts of that length."""
         seeds = iter(range(1_000_000, 2_000_000))
-        found = {}
+        prefill_s, step_s = {}, {}
         for num_tokens in prompts:
             runs = []
             for _ in range(RUNS):
                 began = time.perf_counter()
                 runs.append(self.token_times(distinct_prompt(num_tokens, next(seeds)), 1)[0] - began)
-            found[f"prefill_tok_s_{num_tokens}"] = num_tokens / statistics.median(runs)
+            prefill_s[num_tokens] = statistics.median(runs)
         for num_streams in streams:
-            step_s = self._step_s(
-                num_streams, [distinct_prompt(prompt_tokens, next(seeds)) for _ in range(num_streams)]
-            )
-            if num_streams == 1:
-                found["decode_ms_b1"] = 1e3 * step_s
-            else:
-                found[f"out_tok_s_c{num_streams}"] = num_streams / step_s
-        return found
+            asked = [distinct_prompt(prompt_tokens, next(seeds)) for _ in range(num_streams)]
+            step_s[num_streams] = self._step_s(num_streams, asked)
+        return speeds(prefill_s, step_s)
 
     def _step_s(self, num_streams: int, prompts: list[list[int]]) -> float:
         """Median time between two tokens of an answer, while all of them are being written."""
