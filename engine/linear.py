@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from engine.kernels.processor import SUMS_BYTES_EXACTLY
 from engine.loops import quantize_rows, rotate_rows
 
 _INT8_MAX = 127
@@ -19,6 +20,7 @@ _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _MOST_MIXED = 64  # numbers; what divides the width may be less
 _SMALLEST_SCALE = 1e-30  # of an output whose weights are all 0
 MIN_ROWS = 2  # fewer rows would take a kernel of their own
+_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Product(Protocol):
@@ -31,7 +33,7 @@ class Linear:
     """y = x Wᵀ + b with weights prepared for the device; x is [T, in] float32 with T ≥ MIN_ROWS on the CPU.
 
     Weights in bfloat16 take their input rounded to bfloat16; sums are float32 inside the kernel, and the
-    result is float32 again.
+    result is float32 again. A processor without products of bfloat16 computes the same numbers in float32.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, repack: bool = True) -> None:
@@ -39,12 +41,18 @@ class Linear:
         self.dtype = weight.dtype
         self._bias = bias.to(weight.dtype) if bias is not None else None
         self._onednn = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._widens = self._onednn and self.dtype == torch.bfloat16 and not _HAS_BFLOAT16
+        if self._widens:
+            weight, repack = weight.float(), True
+            self._bias = bias.float() if bias is not None else None
         # Repacking once halves a step; a shared weight (tied embeddings) must stay readable as it is.
         packs = self._onednn and repack
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if packs else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
+        if self._widens:
+            x = x.float()
         if self._onednn:
             y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         else:
@@ -59,7 +67,8 @@ class Int8Linear:
     Sums are exact in int32, so a row's result depends on no other row and on no order. Inputs and weights are rotated
     by a Hadamard matrix first, which changes no product and spreads outliers, whose channels would take the steps of
     all others (QuaRot, Ashkboos et al., 2024; docs/precision.md has what it gives). oneDNN takes unsigned activations
-    with zero point 128 through its fast kernels, signed ones through its reference.
+    with zero point 128 through its fast kernels, signed ones through its reference. A processor whose sums of bytes
+    are not exact multiplies the same integers as float32, which are exact for rows of up to 1,040 numbers.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -68,7 +77,8 @@ class Int8Linear:
         rotated = weight.to(torch.float32, copy=True).contiguous()
         rotate_rows(rotated.numpy(), self._size)
         codes, scale = quantize_weight(rotated)
-        self._codes = torch.ops.onednn.qlinear_prepack(codes, None)
+        self._floats = None if SUMS_BYTES_EXACTLY else Linear(codes.float())
+        self._codes = torch.ops.onednn.qlinear_prepack(codes, None) if self._floats is None else codes
         self._scale = scale / self._size  # both sides are √size times as large
         self._zero_points = torch.zeros(self.out_features, dtype=torch.int64)
         self._bias = bias.float() if bias is not None else None
@@ -77,6 +87,14 @@ class Int8Linear:
         codes = torch.empty(x.shape, dtype=torch.uint8)
         scales = torch.empty(len(x), 1)
         quantize_rows(x.contiguous().numpy(), self._size, codes.numpy(), scales.view(-1).numpy())
+        if self._floats is None:
+            y = self._in_integers(codes)
+        else:
+            y = self._floats(codes.float().sub_(128)).mul_(self._scale)
+        y.mul_(scales)
+        return y if self._bias is None else y.add_(self._bias)
+
+    def _in_integers(self, codes: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             codes,
             1.0,
@@ -92,8 +110,7 @@ class Int8Linear:
             [],
             "",
         )
-        y.mul_(scales)
-        return y if self._bias is None else y.add_(self._bias)
+        return y
 
 
 class Fp8Linear:

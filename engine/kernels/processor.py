@@ -16,6 +16,8 @@ _FEATURES = binding.get_host_cpu_features()
 HAS_WIDE_VECTORS = bool(_FEATURES.get("avx512f"))
 HAS_BYTE_PRODUCTS = bool(_FEATURES.get("avx512vnni"))
 """Whether `lanes.byte_products` may be used."""
+SUMS_BYTES_EXACTLY = HAS_BYTE_PRODUCTS or bool(_FEATURES.get("avxvnni"))
+"""Whether products of bytes are summed in 32 bits. Without these instructions pairs of them saturate at 16."""
 
 TINY_IS_ZERO = np.int32(0x9FC0)
 _I32 = ir.IntType(32)

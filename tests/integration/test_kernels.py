@@ -17,6 +17,7 @@ from engine.engine import Engine
 from engine.events import ChunkDone
 from engine.kernels.functions import exp, exp_of_negative
 from engine.kernels.lanes import load, store
+from engine.kernels.processor import HAS_WIDE_VECTORS
 from engine.models.packed import PackedDecoder
 from engine.request import SamplingParams
 from engine.runner import EngineOptions
@@ -29,6 +30,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("kernels")]
 KINDS = ["int8", "int8 in lanes", "bfloat16", "bfloat16 in lanes", "float32", "float32 over bfloat16"]
 OFF = {"int8": 0.05, "bfloat16": 0.02, "float32": 1e-5}
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 4, 2, 64, 128
+
+
+needs_wide_vectors = pytest.mark.skipif(not HAS_WIDE_VECTORS, reason="vectors of 64 bytes are needed")
 
 
 @pytest.fixture(scope="module", params=["biases", "head norms"])
@@ -157,6 +161,7 @@ def test_a_chunk_is_told_of_as_often_as_without_kernels(tmp_path: Path) -> None:
     assert [each.num_layers for each in told] == [2, 4, 6]
 
 
+@needs_wide_vectors
 @pytest.mark.parametrize(
     "numbers", [[0.0], [-1e-6, -0.3, -1.0, -20.0, -87.0], [-104.0, -1e30, -np.inf], [np.nan]]
 )
@@ -178,6 +183,7 @@ def _apply(function: Callable[..., object]) -> Callable[[np.ndarray, np.ndarray]
     return loop  # type: ignore[no-any-return]
 
 
+@needs_wide_vectors
 def test_bfloat16_is_rounded_to_even() -> None:
     @numba.njit
     def loop(x: np.ndarray, out: np.ndarray) -> None:
