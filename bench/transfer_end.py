@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from bench import bare_grpc, tcp
-from engine.cache import PagedCache, gqa_layout
+from engine.cache import PagedCache
+from engine.models.layouts import gqa_layout
 from engine.pool import BlockPool
 from headrace.v1 import kvtransfer_pb2 as pb
 from kvtransfer.cache_sink import CacheSink

@@ -33,7 +33,8 @@ from cluster.state import (
     write_state,
 )
 from cluster.wiring import Wiring
-from engine.models.config import ModelConfig, ModelConfigError
+from engine.models.config import ModelConfig
+from engine.models.config_keys import ModelConfigError
 
 START_TIMEOUT_S = 300.0
 

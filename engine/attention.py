@@ -48,11 +48,11 @@ class PagedAttention:
 
     def _answers(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: AnswerTiles) -> torch.Tensor:
         queries = self._grouped(q).transpose(0, 1)  # [kv heads, S, group, D]
-        queries = _pad_rows(queries)
+        queries = pad_rows(queries)
         if len(tiles.runs) > 1:
             queries = queries.index_select(1, tiles.sequence_of_tile)
         keys, values = self._tiles(k, tiles.blocks), self._tiles(v, tiles.blocks)
-        o, m, total = _tile(queries, keys, values, tiles.masked)
+        o, m, total = attend_tile(queries, keys, values, tiles.masked)
         if len(tiles.runs) > 1:  # else all weights are exactly 1
             self._weigh(o, m, total, tiles)
         acc, norm = o[:, : tiles.num_rows], total[:, : tiles.num_rows]
@@ -67,7 +67,7 @@ class PagedAttention:
         peak = m[:, : tiles.num_rows].clone()
         for first, count in tiles.runs[1:]:
             torch.maximum(peak[:, :count], m[:, first : first + count], out=peak[:, :count])
-        weight = _exp_column(m - peak.index_select(1, tiles.sequence_of_tile))
+        weight = exp_column(m - peak.index_select(1, tiles.sequence_of_tile))
         o.mul_(weight)
         total.mul_(weight)
 
@@ -75,18 +75,18 @@ class PagedAttention:
         # Rows in order of position, the heads of a group side by side: [kv heads, n · group, D].
         queries = self._grouped(q).transpose(0, 1).reshape(self._num_kv_heads, -1, self._head_dim)
         num_rows = queries.shape[1]
-        queries = _pad_rows(queries)
+        queries = pad_rows(queries)
         keys, values = self._tiles(k, chunk.blocks), self._tiles(v, chunk.blocks)
         parts = []
         for tile in range(chunk.num_tiles):
             first = self._first_row(chunk, tile)
             masked = self._chunk_mask(chunk, tile, first, queries.shape[1], q.device)
-            parts.append((first, *_tile(queries[:, first:], keys[:, tile], values[:, tile], masked)))
+            parts.append((first, *attend_tile(queries[:, first:], keys[:, tile], values[:, tile], masked)))
         peak = parts[0][2].clone()
         for first, _, m, _ in parts[1:]:
             torch.maximum(peak[:, first:], m, out=peak[:, first:])
         for first, o, m, total in parts:
-            weight = _exp_column(m - peak[:, first:])
+            weight = exp_column(m - peak[:, first:])
             o.mul_(weight)
             total.mul_(weight)
         _, acc, _, norm = parts[0]
@@ -122,7 +122,7 @@ class PagedAttention:
         return gathered.view(plane.shape[0], -1, TILE_TOKENS, self._head_dim).float()
 
 
-def _tile(
+def attend_tile(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masked: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of one tile each: unnormalized output [..., rows, D], peak score and sum of weights [..., rows, 1]."""
@@ -130,22 +130,22 @@ def _tile(
     if masked is not None:
         scores.masked_fill_(masked, MASKED)
     peak = scores.amax(dim=-1, keepdim=True)
-    weights = _exp_(scores.sub_(peak))
+    weights = exp_(scores.sub_(peak))
     return torch.matmul(weights, values), peak, weights.sum(dim=-1, keepdim=True)
 
 
-def _pad_rows(queries: torch.Tensor) -> torch.Tensor:
+def pad_rows(queries: torch.Tensor) -> torch.Tensor:
     """Zero rows up to a multiple of ROW_TILE along the second last axis."""
     missing = -queries.shape[-2] % ROW_TILE
     return F.pad(queries, (0, 0, 0, missing)) if missing else queries.contiguous()
 
 
-def _exp_column(x: torch.Tensor) -> torch.Tensor:
+def exp_column(x: torch.Tensor) -> torch.Tensor:
     """exp of [..., 1], each value computed in a whole vector of its own."""
-    return _exp_(x.expand(*x.shape[:-1], EXP_LANES).contiguous())[..., :1]
+    return exp_(x.expand(*x.shape[:-1], EXP_LANES).contiguous())[..., :1]
 
 
-def _exp_(x: torch.Tensor) -> torch.Tensor:
+def exp_(x: torch.Tensor) -> torch.Tensor:
     """exp in place, x ≤ 0; exactly 0 from SMALLEST_EXPONENT down.
 
     The vectorized exponential takes results near the end of float32's range one by one, twenty times as slow;

@@ -66,12 +66,15 @@ class ChunkTiles:
 @dataclass(frozen=True, slots=True)
 class Span:
     """Consecutive positions of one sequence: batch rows [first_row, first_row + num_tokens), positions from `start`;
-    `blocks` int64: those of its sequence, up to the last position."""
+    `blocks` int64: those of its sequence, up to the last position; `slot`: its window slot; `records`: those to be
+    filled, each with the boundary whose live rows it is for."""
 
     first_row: int
     num_tokens: int
     start: int
     blocks: np.ndarray
+    slot: int = 0
+    records: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,8 @@ class StepBatch:
 
 class BatchBuilder:
     """Turns plans into batches for one cache: its block size, its padding block, its device. with_tiles: whether
-    attention wants tiles, else spans are enough. `padded_size(rows, blocks)`: what answers are padded to instead of
-    being laid out in tiles."""
+    attention wants tiles, else spans are enough. slot_of: an owner's window slot. `padded_size(rows, blocks)`: what
+    answers are padded to instead of being laid out in tiles."""
 
     def __init__(
         self,
@@ -110,6 +113,7 @@ class BatchBuilder:
         padding_block: int,
         device: torch.device,
         with_tiles: bool = True,
+        slot_of: Callable[[bytes], int] = lambda _: 0,
         padded_size: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
         if TILE_TOKENS % block_tokens:
@@ -120,6 +124,7 @@ class BatchBuilder:
         self._tile_blocks = TILE_TOKENS // block_tokens
         self._device = device
         self._with_tiles = with_tiles
+        self._slot_of = slot_of
         self._padded_size = padded_size
 
     def build(self, plan: StepPlan) -> StepBatch:
@@ -184,8 +189,10 @@ class BatchBuilder:
 
     def _span(self, row: StepRow, first_row: int) -> Span:
         count = -(-(row.start + row.num_tokens) // self._block_tokens)
-        blocks = np.asarray(self._blocks_of(owner_of(row.sequence))[:count])
-        return Span(first_row, row.num_tokens, row.start, blocks)
+        owner = owner_of(row.sequence)
+        blocks = np.asarray(self._blocks_of(owner)[:count])
+        records = tuple((filling.boundary, filling.record) for filling in row.records)
+        return Span(first_row, row.num_tokens, row.start, blocks, self._slot_of(owner), records)
 
     def _token_arrays(
         self, rows: list[StepRow], least: int = MIN_ROWS

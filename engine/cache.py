@@ -1,4 +1,4 @@
-"""The KV cache in memory: one tensor per plane, addressed by block, read and written by entry.
+"""The KV cache in memory: one tensor per paged plane, addressed by block, read and written by entry, and the windows.
 
 Implements kvtransfer's CacheStore. Whose block is whose is the pool's business; this only turns an owner's
 positions into slots. Storage is [layers, heads, slots, width], so that the keys of a tile are one gather.
@@ -13,40 +13,29 @@ and lets other threads run meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from engine.copy_lane import CopyLane
-from kvtransfer.layouts import CacheLayout, Field, Paged, Piece, Plane, convertible
+from engine.storage import DTYPES, plane_dtype, plane_width
+from engine.window_cache import WindowCache
+from kvtransfer.layouts import CacheLayout, Paged, Piece, Plane, convertible
 
 _T = TypeVar("_T", np.ndarray, torch.Tensor)
 
 Run = tuple[slice, slice]
 """Some of a piece's entries, counted from its first, and the consecutive slots that they lie in."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def gqa_layout(
-    num_layers: int, num_kv_heads: int, head_dim: int, dtype: str, block_tokens: int
-) -> CacheLayout:
-    """Two paged planes, one entry a token: the cache of grouped-query attention."""
-
-    def plane(name: str, scale_along: Literal["token", "channel"]) -> Plane:
-        fields = (Field(name, head_dim, dtype),)
-        return Plane(name, num_layers, Paged(1), num_kv_heads, fields, scale_along)
-
-    return CacheLayout((plane("k", "channel"), plane("v", "token")), block_tokens)
-
 
 class PagedCache:
     """Tensors of every plane of `layout`, zeroed, for `num_blocks` blocks and the padding block.
 
-    `planes[name]` has shape [layers, heads, (num_blocks + 1) * block_tokens, width]. `blocks_of(owner)`: its
-    blocks by position; KeyError for an unknown owner. The layout's block size may be any. `lane`: how pieces are
-    copied where the planes are not in host memory.
+    `planes[name]`, of a paged plane, has shape [layers, heads, (num_blocks + 1) · entries of a block, width].
+    `blocks_of(owner)`: its blocks by position; KeyError for an unknown owner. The layout's block size may be any
+    multiple of its planes' tokens per entry. `lane`: how pieces are copied where the planes are not in host memory.
+    `windows`: of a layout that has window planes.
     """
 
     def __init__(
@@ -56,33 +45,51 @@ class PagedCache:
         device: torch.device,
         blocks_of: Callable[[bytes], Sequence[int]],
         lane: CopyLane | None = None,
+        windows: WindowCache | None = None,
     ) -> None:
         self.layout = layout
+        self.windows = windows or WindowCache(layout, 0, 0, 0, device)
         self.num_blocks = num_blocks
         self.padding_block = num_blocks
         self._blocks_of = blocks_of
         self._lane = lane
+        self._entries = {
+            plane.name: layout.block_tokens // plane.kind.tokens_per_entry
+            for plane in layout.planes
+            if isinstance(plane.kind, Paged)
+        }
         self.planes = {
             plane.name: torch.zeros(
-                (plane.layers, plane.heads, (num_blocks + 1) * layout.block_tokens, plane.fields[0].width),
-                dtype=DTYPES[plane.fields[0].dtype],
+                (plane.layers, plane.heads, (num_blocks + 1) * self._entries[plane.name], plane_width(plane)),
+                dtype=plane_dtype(plane),
                 device=device,
             )
             for plane in layout.planes
+            if plane.name in self._entries
         }
         self._rows = {name: _by_row(tensor) for name, tensor in self.planes.items() if lane is None}
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all planes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.planes.values())
+        """Bytes of all planes, windows included."""
+        paged = sum(tensor.numel() * tensor.element_size() for tensor in self.planes.values())
+        return paged + self.windows.num_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all paged planes."""
+        return paged_block_bytes(self.layout)
+
+    def block_entries(self, name: str) -> int:
+        """Entries of a plane in one block."""
+        return self._entries[name]
 
     def gather(
         self, owner: bytes, piece: Piece, wire: Plane, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The piece's canonical bytes (see CacheStore). `out` may begin at any address."""
         dtype, num_bytes = self._wire_dtype(piece, wire), wire.num_bytes(piece)
-        runs = self._runs(owner, piece.entries)
+        runs = self._runs(owner, piece)
         if out is not None and len(out) != num_bytes:
             raise ValueError(f"a piece of {num_bytes} bytes does not fit into {len(out)}")
         stored = self.planes[piece.plane]
@@ -101,7 +108,7 @@ class PagedCache:
     def scatter(self, owner: bytes, piece: Piece, wire: Plane, data: torch.Tensor) -> None:
         """Write a piece that `gather` gave, here or on another worker. `data` may begin at any address."""
         dtype, num_bytes = self._wire_dtype(piece, wire), wire.num_bytes(piece)
-        runs = self._runs(owner, piece.entries)
+        runs = self._runs(owner, piece)
         if len(data) != num_bytes:
             raise ValueError(f"{len(data)} bytes for a piece of {num_bytes}")
         stored = self.planes[piece.plane]
@@ -128,27 +135,29 @@ class PagedCache:
     def copy_blocks(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole blocks within the cache."""
         if source:
-            source_slots, target_slots = self._block_slots(source), self._block_slots(target)
-            for tensor in self.planes.values():
-                tensor.index_copy_(2, target_slots, tensor.index_select(2, source_slots))
+            for name, tensor in self.planes.items():
+                taken = tensor.index_select(2, self._block_slots(name, source))
+                tensor.index_copy_(2, self._block_slots(name, target), taken)
 
     def take_blocks(self, blocks: Sequence[int]) -> dict[str, torch.Tensor]:
         """A copy of whole blocks in host memory: by plane [layers, heads, slots, width]."""
-        slots = self._block_slots(blocks)
-        return {name: tensor.index_select(2, slots).cpu() for name, tensor in self.planes.items()}
+        return {
+            name: tensor.index_select(2, self._block_slots(name, blocks)).cpu()
+            for name, tensor in self.planes.items()
+        }
 
     def put_blocks(self, blocks: Sequence[int], taken: dict[str, torch.Tensor], first: int) -> None:
         """Write some of what `take_blocks` gave, from its block number `first` on."""
-        slots, size = self._block_slots(blocks), self.layout.block_tokens
         for name, tensor in self.planes.items():
+            size = self._entries[name]
             part = taken[name][:, :, first * size : (first + len(blocks)) * size]
-            tensor.index_copy_(2, slots, part.to(tensor.device))
+            tensor.index_copy_(2, self._block_slots(name, blocks), part.to(tensor.device))
 
     def scrub(self, blocks: Sequence[int]) -> None:
         """Zero blocks whose contents may be NaN: even masked positions enter a product with 0."""
         if blocks:
-            for tensor in self.planes.values():
-                tensor.index_fill_(2, self._block_slots(blocks), 0)
+            for name, tensor in self.planes.items():
+                tensor.index_fill_(2, self._block_slots(name, blocks), 0)
 
     def _wire_dtype(self, piece: Piece, wire: Plane) -> torch.dtype:
         self.layout.check(piece)
@@ -157,9 +166,9 @@ class PagedCache:
             raise ValueError(f"plane {piece.plane!r} is {here} here, cannot be {there}")
         return DTYPES[there]
 
-    def _runs(self, owner: bytes, entries: range) -> list[Run]:
-        """The entries in stretches that lie in consecutive slots."""
-        size, blocks = self.layout.block_tokens, self._blocks_of(owner)
+    def _runs(self, owner: bytes, piece: Piece) -> list[Run]:
+        """The piece's entries in stretches that lie in consecutive slots."""
+        entries, size, blocks = piece.entries, self._entries[piece.plane], self._blocks_of(owner)
         first, end = entries.start // size, -(-entries.stop // size)
         if end > len(blocks):
             raise ValueError(
@@ -190,10 +199,19 @@ class PagedCache:
         shape = (len(piece.layers), len(piece.entries), len(piece.heads))
         return raw.numpy().view(self._rows[piece.plane].dtype).reshape(shape)
 
-    def _block_slots(self, blocks: Sequence[int]) -> torch.Tensor:
-        size = self.layout.block_tokens
+    def _block_slots(self, name: str, blocks: Sequence[int]) -> torch.Tensor:
+        size = self._entries[name]
         slots = np.asarray(blocks, dtype=np.int64)[:, None] * size + np.arange(size)
-        return torch.from_numpy(slots.reshape(-1)).to(next(iter(self.planes.values())).device)
+        return torch.from_numpy(slots.reshape(-1)).to(self.planes[name].device)
+
+
+def paged_block_bytes(layout: CacheLayout) -> int:
+    """Bytes of one block in all paged planes of a layout."""
+    return sum(
+        plane.layers * layout.entry_bytes(plane) * (layout.block_tokens // plane.kind.tokens_per_entry)
+        for plane in layout.planes
+        if isinstance(plane.kind, Paged)
+    )
 
 
 def gather_box(stored: torch.Tensor, piece: Piece, runs: Sequence[Run], dtype: torch.dtype) -> torch.Tensor:

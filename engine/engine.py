@@ -65,7 +65,7 @@ class Engine:
             self.max_context,
             options.itl_s,
         )
-        self.scheduler = Scheduler(self.pool, limits)
+        self.scheduler = Scheduler(self.pool, limits, record_policy=options.window_records)
         self._set_aside_bytes = options.set_aside_bytes
         self._leases: dict[bytes, _Lease] = {}
         self._in_flight: set[bytes] = set()
@@ -118,6 +118,9 @@ class Engine:
             if num_hit is None:
                 return None
             cached_tokens = num_hit * self.pool.block_tokens
+            record = self.pool.resumes_from(lease_id)
+            if record is not None:
+                self.cache.windows.restore(record, self.pool.slot(lease_id), cached_tokens)
             self._leases[lease_id] = _Lease(num_choices, root_key, cached_tokens, bound, tenant)
             return cached_tokens
 
@@ -218,7 +221,7 @@ class Engine:
             if not num_blocks:
                 return None
             spare = self.scheduler.spare_blocks
-            if self.pool.open(owner, keys[:num_blocks], num_blocks, spare, bound) is None:
+            if self.pool.open(owner, keys[:num_blocks], num_blocks, spare, bound, computes=False) is None:
                 return None
             self._leases[owner] = _Lease(num_choices=0)
             return num_blocks, self.pool.rank(owner)
@@ -230,7 +233,8 @@ class Engine:
         where there is no room now, as in `reserve`. Takes no place of a sequence.
         """
         with self.lock:
-            num_hit = self.pool.open(lease_id, keys, len(keys), self.scheduler.spare_blocks, bound, tenant)
+            spare = self.scheduler.spare_blocks
+            num_hit = self.pool.open(lease_id, keys, len(keys), spare, bound, tenant, computes=False)
             if num_hit is not None:
                 self._leases[lease_id] = _Lease(num_choices=0, bound=bound, tenant=tenant)
             return num_hit
@@ -320,6 +324,8 @@ class Engine:
             preempted.sequence.set_aside = set_aside(preempted, self.cache, others, self._set_aside_bytes)
         for each in plan.brought_back:
             bring_back(each, self.cache)
+        for resumed in plan.resumed:
+            self.cache.windows.restore(resumed.record, resumed.slot, resumed.num_tokens)
 
     def _layer_reporter(self, plan: StepPlan, began: float) -> Callable[[int], None]:
         """Says how far the chunks that go elsewhere are, a few times a step, so that they can leave in mid-step."""
@@ -376,6 +382,7 @@ class Engine:
             return
         first, last = shared
         self.cache.copy_blocks(self.pool.blocks(source)[first:last], self.pool.blocks(owner)[first:last])
+        self.cache.windows.copy(self.pool.slot(source), self.pool.slot(owner))
         child.num_computed = parent.num_computed
 
     def _sequence(

@@ -61,3 +61,29 @@ def _rotate(rows: Array, row: int, size: int) -> None:
                 rows[row, i] = one + other
                 rows[row, i + np.uint64(run)] = one - other
         run *= 2
+
+
+@compiled
+def balance(matrices: Array, iterations: int, eps: float) -> None:
+    """Every matrix of float32 [n, size, size] with sums of about 1 in its rows and columns, in place: rows to a sum of
+    1 plus `eps` each number, then columns and rows in turn, `iterations` times columns (Sinkhorn and Knopp, 1967)."""
+    nothing, small = np.float32(0), np.float32(eps)
+    for n in range(len(matrices)):
+        matrix = matrices[n]
+        _balance_rows(matrix, nothing)
+        matrix += small
+        _balance_rows(matrix.T, small)
+        for _ in range(iterations - 1):
+            _balance_rows(matrix, small)
+            _balance_rows(matrix.T, small)
+
+
+@compiled
+def _balance_rows(matrix: Array, more: np.float32) -> None:
+    """Every row over its sum, to which `more` is added."""
+    for i in range(len(matrix)):
+        total = more
+        for j in range(matrix.shape[1]):
+            total += matrix[i, j]
+        for j in range(matrix.shape[1]):
+            matrix[i, j] /= total

@@ -14,14 +14,18 @@ each key the best rank within a bound, so that bound 0 never sees a lossy block.
 what it took from the cache and of what landed under it, and all that it seals afterwards bears it.
 
 An owner is a lease, or one choice of it: opaque bytes. Nothing leaves an owner but by `close`.
+
+Where a model has windows, an owner that computes has a window slot too, and a prefix is taken up only where a record
+of the windows is (engine/windows.py); a record is given up with its block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from engine.shares import TenantShares
+from engine.windows import Filling, Name, WindowPool
 
 
 class PoolCorrupted(AssertionError):
@@ -55,19 +59,24 @@ class _Holding:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     sealed: list[bool] = field(default_factory=list)  # False: the key was taken, the block stays private
+    num_matching: int = 0  # leading blocks that were cached, with or without a record at their end
 
 
 class BlockPool:
-    """Hands out `num_blocks` blocks of `block_tokens` tokens each; `tenant_share` as in engine/shares.py.
+    """Hands out `num_blocks` blocks of `block_tokens` tokens each; `tenant_share` as in engine/shares.py; `windows` for
+    a model that has them.
 
     Not thread-safe; the engine's lock guards it.
     """
 
-    def __init__(self, num_blocks: int, block_tokens: int, tenant_share: float = 1.0) -> None:
+    def __init__(
+        self, num_blocks: int, block_tokens: int, tenant_share: float = 1.0, windows: WindowPool | None = None
+    ) -> None:
         if num_blocks < 1 or block_tokens < 1:
             raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} of {block_tokens}")
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
+        self.windows = windows
         self._free = list(range(num_blocks - 1, -1, -1))
         self._holdings: dict[bytes, _Holding] = {}
         self._block_of: dict[tuple[bytes, int], int] = {}
@@ -110,6 +119,21 @@ class BlockPool:
         """How many leading keys are cached with a rank of at most `bound`."""
         return len(self._hits(keys, bound))
 
+    def slot(self, owner: bytes) -> int:
+        """The owner's window slot; 0 for a model without windows."""
+        return self.windows.slot(owner) if self.windows is not None else 0
+
+    def resumes_from(self, owner: bytes) -> int | None:
+        """The record of the windows at the end of what an owner, just opened, took from the cache."""
+        keys = self._holdings[owner].keys
+        if self.windows is None or not keys:
+            return None
+        return self.windows.find(self._name_of[self._holdings[owner].blocks[len(keys) - 1]])
+
+    def junction(self, owner: bytes) -> int:
+        """How many tokens of an owner's prefix were cached, where no record is at their end; 0 where one is."""
+        return self._holdings[owner].num_matching * self.block_tokens
+
     def frees_for(self, owner: bytes, other: bytes) -> bool:
         """Whether blocks that `other` gave up would be room for `owner` to grow into."""
         return self._shares.may_evict(self._holdings[owner].tenant, self._holdings[other].tenant)
@@ -137,14 +161,22 @@ class BlockPool:
         spare: int = 0,
         bound: int = 0,
         tenant: Hashable = "",
+        computes: bool = True,
     ) -> int | None:
         """Give a new owner the cached prefix named by `keys`, pinned, and private blocks up to `num_blocks`.
 
-        Of the cached blocks only ranks up to `bound` are taken. Returns how many leading blocks were cached, or
-        None, with nothing changed, where fewer than `spare` blocks would be left or the tenant may not have as
-        many.
+        Of the cached blocks only ranks up to `bound` are taken. An owner that `computes` needs a window slot and a
+        record where its prefix ends. Returns how many leading blocks were cached, or None, with nothing changed,
+        where fewer than `spare` blocks would be left or the tenant may not have as many.
         """
         hits = self._hits(keys[:num_blocks], bound)
+        num_matching = 0
+        if computes and self.windows is not None:
+            if not self.windows.num_free_slots:
+                return None
+            resumable = self._resumable(hits)
+            num_matching = len(hits) if resumable < len(hits) else 0
+            hits = hits[:resumable]
         num_private = num_blocks - len(hits)
         idle = [block for _, block in hits if self._shares.is_idle(block)]  # and no longer, once taken
         if (
@@ -154,6 +186,9 @@ class BlockPool:
             return None
         self._open(owner, tenant, hits)
         self._extend(owner, num_private)
+        if computes and self.windows is not None:
+            self.windows.open(owner)
+            self._holdings[owner].num_matching = num_matching
         return len(hits)
 
     def grow(self, owner: bytes, num_blocks: int) -> bool:
@@ -186,6 +221,18 @@ class BlockPool:
             self._name_of[block] = (key, holding.rank)
             self._pins[block] = 1
 
+    def fill_record(self, owner: bytes, boundary: int) -> Filling | None:
+        """A record for the owner's windows at a boundary that its next step reaches; None where there is none."""
+        return self.windows.fill(owner, boundary) if self.windows is not None else None
+
+    def settle_records(self, owner: bytes, num_computed: int, supersedes: Callable[[int], bool]) -> None:
+        """Keep the records that a step filled, up to `num_computed` tokens. `supersedes`: whether a boundary's record
+        takes the place of the owner's last one of its kind."""
+        if self.windows is not None:
+            self.windows.settle(
+                owner, num_computed, lambda boundary: self._name_at(owner, boundary), supersedes
+            )
+
     def fork(self, source: bytes, owner: bytes, num_tokens: int) -> tuple[int, int] | None:
         """Open `owner` on the first `num_tokens` tokens of `source`, sharing its cached blocks.
 
@@ -194,6 +241,8 @@ class BlockPool:
         """
         holding = self._holdings[source]
         num_blocks = self.blocks_for(num_tokens)
+        if self.windows is not None and not self.windows.num_free_slots:
+            return None
         num_shared = 0
         while (
             num_shared < min(num_tokens // self.block_tokens, len(holding.keys))
@@ -206,6 +255,8 @@ class BlockPool:
         self._open(owner, holding.tenant, list(zip(holding.keys, holding.blocks, strict=False))[:num_shared])
         self.worsen(owner, holding.rank)
         self._extend(owner, num_blocks - num_shared)
+        if self.windows is not None:
+            self.windows.open(owner)
         return num_shared, num_blocks
 
     def close(self, owner: bytes, forget: bool = False) -> list[int]:
@@ -215,6 +266,8 @@ class BlockPool:
         contents are not to be trusted). Returns the blocks that became free.
         """
         holding = self._holdings.pop(owner)
+        if self.windows is not None:
+            self.windows.close(owner)
         freed = []
         # Last block first: a prefix is worth more than what was computed on top of it.
         for index in range(len(holding.blocks) - 1, -1, -1):
@@ -249,6 +302,23 @@ class BlockPool:
             hits.append((key, block))
         return hits
 
+    def _resumable(self, hits: Sequence[tuple[bytes, int]]) -> int:
+        """How many leading hits end at a record."""
+        assert self.windows is not None
+        for count in range(len(hits), 0, -1):
+            if self.windows.has(self._name_of[hits[count - 1][1]]):
+                return count
+        return 0
+
+    def _name_at(self, owner: bytes, boundary: int) -> Name | None:
+        """The name of the cached block that ends at a boundary and is as good as what the owner computed."""
+        holding = self._holdings[owner]
+        index = boundary // self.block_tokens - 1
+        if index >= len(holding.keys):
+            return None
+        name = (holding.keys[index], holding.rank)
+        return name if name in self._block_of else None
+
     def _open(self, owner: bytes, tenant: Hashable, shared: Sequence[tuple[bytes, int]]) -> None:
         """A new owner with pins on cached blocks, given as (key, block)."""
         if owner in self._holdings:
@@ -279,8 +349,11 @@ class BlockPool:
         return block
 
     def _forget(self, block: int) -> None:
-        del self._block_of[self._name_of.pop(block)]
+        name = self._name_of.pop(block)
+        del self._block_of[name]
         del self._pins[block]
+        if self.windows is not None:
+            self.windows.forget(name)
 
     def _unpin(self, block: int) -> None:
         self._pins[block] -= 1
@@ -306,5 +379,8 @@ class BlockPool:
             raise PoolCorrupted("names and cached blocks do not match")
         if pins != {block: count for block, count in self._pins.items() if count}:
             raise PoolCorrupted("pins do not match their owners")
+        wrong = self.windows.check(set(self._holdings)) if self.windows is not None else None
+        if wrong is not None:
+            raise PoolCorrupted(wrong)
         if set(self._shares.idle_blocks()) != {block for block, count in self._pins.items() if count == 0}:
             raise PoolCorrupted("the idle blocks do not match the pins")

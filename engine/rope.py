@@ -16,7 +16,8 @@ import math
 
 import torch
 
-from engine.models.config import ModelConfig, RopeConfig, RopeType
+from engine.models.config import ModelConfig
+from engine.models.rope_config import RopeConfig, RopeType
 
 
 def rope_tables(config: ModelConfig, max_context: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,14 +34,20 @@ def rope_tables(config: ModelConfig, max_context: int) -> tuple[torch.Tensor, to
         raise ValueError(
             f"a context of {max_context} tokens; the model's positions are good for 1 … {config.max_context}"
         )
+    cos, sin = angle_tables(config.rope, config.head_dim, max_context)
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+
+def angle_tables(rope: RopeConfig, rotated_dim: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of each position's angles, one for each pair of `rotated_dim` dimensions, times the type's
+    attention scaling: [num_positions, rotated_dim / 2] float32 each."""
     # The angle is rounded to float32, as where the models were trained. Its cosine is taken in float64:
     # float32 kernels differ between a vector's body and its tail, so that an entry would depend on where it
     # lies in the table.
-    positions = torch.arange(max_context, dtype=torch.float32)
-    angles = torch.outer(positions, inverse_frequencies(config.rope, config.head_dim)).double()
-    scaling = attention_scaling(config.rope)
-    cos, sin = angles.cos().float() * scaling, angles.sin().float() * scaling
-    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+    positions = torch.arange(num_positions, dtype=torch.float32)
+    angles = torch.outer(positions, inverse_frequencies(rope, rotated_dim)).double()
+    scaling = attention_scaling(rope)
+    return angles.cos().float() * scaling, angles.sin().float() * scaling
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
@@ -65,11 +72,12 @@ def attention_scaling(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return _yarn_mscale(rope.factor, rope.mscale) / _yarn_mscale(rope.factor, rope.mscale_all_dim)
-    return _yarn_mscale(rope.factor, 1.0)
+        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return yarn_mscale(rope.factor, 1.0)
 
 
-def _yarn_mscale(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """What YaRN multiplies attention by where it stretches positions by `factor` (arXiv:2309.00071, section 3.4)."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 

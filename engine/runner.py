@@ -7,29 +7,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.batch import TILE_TOKENS, BatchBuilder, StepBatch
-from engine.cache import PagedCache
+from engine.cache import PagedCache, paged_block_bytes
 from engine.copy_lane import CardStreams, CopyLane
 from engine.graphs import AnswerSizes, DecodeGraphs, record_on_card
-from engine.models.config import ModelConfig
-from engine.models.dense import DenseDecoder, cache_layout
-from engine.models.packed import PackedDecoder, runs_packed
+from engine.models.decoders import Decoder, DecoderOptions, open_decoder
+from engine.models.dense import DenseDecoder
+from engine.models.families import AnyConfig, open_config
+from engine.models.layouts import cache_layout
+from engine.models.packed import PackedDecoder
 from engine.pool import BlockPool
+from engine.record_policy import RecordPolicy
 from engine.scheduler import StepPlan
-from engine.weights import Weights, open_weights
+from engine.weights import open_weights
+from engine.window_cache import WindowCache, record_bytes, slot_bytes
+from engine.windows import WindowPool
 
-BLOCK_TOKENS = 64
-"""Of a block in memory and of a key block (design §4). The engine has no other size; a cache at the other end of a
-transfer may (kvtransfer/recut.py), since pieces travel by entry."""
 PROBE_TOKENS = TILE_TOKENS + 24  # of the longest step that is computed at start (engine/probe.py)
 PRECISIONS = ("float32", "bfloat16", "int8", "fp8")
 FP8_CAPABILITY = (8, 9)
+_RECORDS_SHARE = 4  # one part in so many of what is left beside window slots
 
 
 class EngineError(Exception):
@@ -46,6 +49,7 @@ class EngineOptions:
     `max_drafts`: most guesses at an answer's next tokens in one step, 0 for none (engine/drafter.py). `itl_s`: how long
     an answer should at most wait for its next token while prompts are computed beside it (engine/scheduler.py).
     `set_aside_bytes`: host memory for the keys and values of preempted sequences (engine/set_aside.py).
+    `window_records`: where a prefix can be taken up, of a model with windows (engine/record_policy.py).
     `device` is "cpu" or "cuda:N" (CUDA: written, not run by the project's tests).
     """
 
@@ -59,6 +63,7 @@ class EngineOptions:
     max_drafts: int = 8
     itl_s: float | None = None
     set_aside_bytes: int = 256 << 20
+    window_records: RecordPolicy = field(default_factory=RecordPolicy)
     num_threads: int = 1
     device: str = "cpu"
 
@@ -71,7 +76,7 @@ class ModelRunner:
 
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         torch.set_num_threads(options.num_threads)
-        self.config: ModelConfig = ModelConfig.open(model_dir)
+        self.config: AnyConfig = open_config(model_dir)
         self.device = torch.device(options.device)
         self.precision = options.precision
         if self.precision == "auto":
@@ -82,38 +87,63 @@ class ModelRunner:
         kv_dtype = options.kv_dtype
         if kv_dtype == "auto":
             kv_dtype = "float32" if self.precision == "float32" else "bfloat16"
-        self.layout = cache_layout(self.config, kv_dtype, BLOCK_TOKENS)
+        self.layout = cache_layout(self.config, kv_dtype)
         self.max_context = min(options.max_context, self.config.max_context)
-        block_bytes = self.layout.num_bytes(BLOCK_TOKENS)
-        num_blocks = options.kv_bytes // block_bytes
-        needed = -(-self.max_context // BLOCK_TOKENS) + 1
+        self.pool, self.cache = self._make_memory(options)
+        most_rows = max(options.chunk_tokens + options.max_sequences, PROBE_TOKENS + 1)
+        self._model: Decoder = open_decoder(
+            self.config,
+            open_weights(model_dir, self.config),
+            DecoderOptions(
+                self.precision, kv_dtype, self.max_context, most_rows, options.num_threads, self.device
+            ),
+        )
+        self._graphs: DecodeGraphs | None = None
+        sizes = None
+        if self.device.type == "cuda" and isinstance(self._model, DenseDecoder):
+            sizes = AnswerSizes.up_to(options.max_sequences, self._context_blocks)
+            self._graphs = DecodeGraphs(self._decode, record_on_card)
+        self._builder = BatchBuilder(
+            self.pool.blocks,
+            self.layout.block_tokens,
+            self.cache.padding_block,
+            self.device,
+            with_tiles=isinstance(self._model, DenseDecoder),
+            slot_of=self.pool.slot,
+            padded_size=sizes.fit if sizes else None,
+        )
+
+    @property
+    def _context_blocks(self) -> int:
+        """Blocks of one context, with the one that answers grow into."""
+        return -(-self.max_context // self.layout.block_tokens) + 1
+
+    def _make_memory(self, options: EngineOptions) -> tuple[BlockPool, PagedCache]:
+        layout, block_tokens = self.layout, self.layout.block_tokens
+        block_bytes, needed = paged_block_bytes(layout), self._context_blocks
+        windows_bytes = options.max_sequences * slot_bytes(layout, options.max_drafts)
+        left_bytes = options.kv_bytes - windows_bytes
+        num_records = 0
+        if windows_bytes:
+            num_records = max(left_bytes, 0) // _RECORDS_SHARE // record_bytes(layout)
+        num_blocks = max(left_bytes - num_records * record_bytes(layout), 0) // block_bytes
         if num_blocks < needed:
+            least = windows_bytes + needed * block_bytes * (_RECORDS_SHARE if windows_bytes else 1)
             raise EngineError(
-                f"kv_memory of {options.kv_bytes} bytes holds {num_blocks * BLOCK_TOKENS} tokens, less than one "
-                f"context of {self.max_context}: give at least {needed * block_bytes} bytes or lower max_context"
+                f"kv_memory of {options.kv_bytes} bytes holds {num_blocks * block_tokens} tokens, less than one "
+                f"context of {self.max_context}: give at least {least} bytes or lower max_context"
             )
         if int(options.tenant_share * num_blocks) < needed:
             raise EngineError(
                 f"a tenant's share of {options.tenant_share} of {num_blocks} blocks is less than the {needed} that "
                 f"one context of {self.max_context} tokens takes: raise kv_memory or the share"
             )
-        self.pool = BlockPool(num_blocks, BLOCK_TOKENS, options.tenant_share)
+        windows = WindowPool(options.max_sequences, num_records) if windows_bytes else None
+        pool = BlockPool(num_blocks, block_tokens, options.tenant_share, windows)
         lane = CopyLane(CardStreams(self.device)) if self.device.type == "cuda" else None
-        self.cache = PagedCache(self.layout, num_blocks, self.device, self.pool.blocks, lane)
-        self._model = self._open_model(open_weights(model_dir, self.config), options)
-        self._graphs: DecodeGraphs | None = None
-        sizes = None
-        if self.device.type == "cuda":
-            sizes = AnswerSizes.up_to(options.max_sequences, needed)
-            self._graphs = DecodeGraphs(self._decode, record_on_card)
-        self._builder = BatchBuilder(
-            self.pool.blocks,
-            BLOCK_TOKENS,
-            self.cache.padding_block,
-            self.device,
-            with_tiles=isinstance(self._model, DenseDecoder),
-            padded_size=sizes.fit if sizes else None,
-        )
+        num_slots = options.max_sequences if windows else 0
+        window_cache = WindowCache(layout, num_slots, num_records, options.max_drafts, self.device)
+        return pool, PagedCache(layout, num_blocks, self.device, pool.blocks, lane, window_cache)
 
     def _check_device(self) -> None:
         if self.precision == "int8" and self.device.type != "cpu":
@@ -127,25 +157,6 @@ class ModelRunner:
                 f"{torch.cuda.get_device_name(self.device)} has no products of fp8 (compute capability 8.9 has): "
                 "use bfloat16"
             )
-
-    def _open_model(self, weights: Weights, options: EngineOptions) -> PackedDecoder | DenseDecoder:
-        kv_dtype = self.layout.plane("k").fields[0].dtype
-        if not runs_packed(self.config, self.precision, kv_dtype, self.device):
-            if self.precision == "bfloat16" and self.device.type == "cpu":
-                _leave_out_amx()
-            return DenseDecoder(
-                self.config, weights, self.precision, self.max_context, BLOCK_TOKENS, self.device
-            )
-        max_rows = max(options.chunk_tokens + options.max_sequences, PROBE_TOKENS + 1)
-        return PackedDecoder(
-            self.config,
-            weights,
-            self.precision,
-            kv_dtype,
-            self.max_context,
-            max_rows,
-            options.num_threads,
-        )
 
     @property
     def arithmetic(self) -> str:
@@ -191,9 +202,3 @@ class ModelRunner:
             after_layer(num_layers)
 
         return report
-
-
-def _leave_out_amx() -> None:
-    """oneDNN's AMX kernels for bfloat16 change with the number of rows, which breaks the numeric contract (ADR 1). It
-    reads this before its first product, and never again."""
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field, replace
 from engine.drafter import worthwhile
 from engine.pace import StepPace
 from engine.pool import BlockPool
+from engine.record_policy import RecordPolicy
 from engine.request import Sequence, SequenceStatus, SetAside
+from engine.windows import Filling
 from kvtransfer.keys import block_key
 
 MIN_CHUNK_TOKENS = 32  # of prompts in every step, whatever answers wait for it
@@ -43,13 +45,14 @@ class StepLimits:
 @dataclass(frozen=True, slots=True)
 class StepRow:
     """Compute positions [start, start + num_tokens) of a sequence; draw a token where `draws`. The last ones are
-    guesses, `drafts`, each of which is drawn after, too."""
+    guesses, `drafts`, each of which is drawn after, too. `records`: of windows, to be filled on the way."""
 
     sequence: Sequence
     start: int
     num_tokens: int
     draws: bool
     drafts: tuple[int, ...] = ()
+    records: tuple[Filling, ...] = ()
 
     @property
     def is_answer(self) -> bool:
@@ -59,22 +62,33 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """A sequence that gave way, and the blocks with keys and values of its first `num_tokens` positions, of that
-    fidelity rank, which are whole until the step computes."""
+    """A sequence that gave way, and the blocks and the window slot with what is cached of its first `num_tokens`
+    positions, of that fidelity rank, which are whole until the step computes."""
 
     sequence: Sequence
     blocks: tuple[int, ...]
+    slot: int
     num_tokens: int
     rank: int
 
 
 @dataclass(frozen=True, slots=True)
 class BroughtBack:
-    """What was set aside of a sequence, from its block number `first_block` on, for these blocks."""
+    """What was set aside of a sequence, from its block number `first_block` on, for these blocks and this slot."""
 
     kept: SetAside
     first_block: int
     blocks: tuple[int, ...]
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A sequence takes up a cached prefix of `num_tokens`: its window slot is to be filled from a record."""
+
+    record: int
+    slot: int
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -84,6 +98,7 @@ class StepPlan:
     rows: list[StepRow] = field(default_factory=list)
     preempted: list[Preempted] = field(default_factory=list)
     brought_back: list[BroughtBack] = field(default_factory=list)
+    resumed: list[Resumed] = field(default_factory=list)
 
     @property
     def num_decode_rows(self) -> int:
@@ -114,9 +129,16 @@ def choice_owner(lease_id: bytes, choice: int) -> bytes:
 class Scheduler:
     """Holds every sequence that still computes. Not thread-safe; the engine's lock guards it."""
 
-    def __init__(self, pool: BlockPool, limits: StepLimits, pace: StepPace | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: StepLimits,
+        pace: StepPace | None = None,
+        record_policy: RecordPolicy | None = None,
+    ) -> None:
         self.pool = pool
         self.limits = limits
+        self._record_policy = record_policy or RecordPolicy()
         self.pace = pace or StepPace()
         self.num_preemptions = 0
         self._sequences: list[Sequence] = []  # in order of arrival
@@ -172,6 +194,8 @@ class Scheduler:
         num_drafts = self._plan_drafts(plan)
         self._readmit_preempted(plan)
         self._plan_prompts(plan, min(self.limits.chunk_tokens - num_drafts, self._within_itl(plan)))
+        if self.pool.windows is not None:
+            plan.rows = [replace(row, records=self._records(row)) for row in plan.rows]
         return plan
 
     def _plan_answers(self, plan: StepPlan) -> None:
@@ -258,6 +282,16 @@ class Scheduler:
         plan.rows.append(StepRow(sequence, sequence.num_computed, num_tokens, draws))
         return num_tokens
 
+    def _records(self, row: StepRow) -> tuple[Filling, ...]:
+        """Of the boundaries that a row reaches, those whose windows are to be kept."""
+        sequence, owner = row.sequence, owner_of(row.sequence)
+        end, junction = row.start + row.num_tokens, self.pool.junction(owner)
+        boundaries = self._record_policy.wanted(
+            row.start, end, self.pool.block_tokens, sequence.num_prompt, junction
+        )
+        fillings = (self.pool.fill_record(owner, boundary) for boundary in boundaries)
+        return tuple(filling for filling in fillings if filling is not None)
+
     def _make_room(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> bool:
         """Grow a running answer, taking blocks from later arrivals; False where it had to give way itself."""
         while not self.pool.grow(owner_of(sequence), self.pool.blocks_for(num_tokens)):
@@ -283,7 +317,8 @@ class Scheduler:
     def _preempt(self, victim: Sequence, plan: StepPlan) -> None:
         owner = owner_of(victim)
         blocks = tuple(self.pool.blocks(owner)[: self.pool.blocks_for(victim.num_computed)])
-        plan.preempted.append(Preempted(victim, blocks, victim.num_computed, self.pool.rank(owner)))
+        slot, rank = self.pool.slot(owner), self.pool.rank(owner)
+        plan.preempted.append(Preempted(victim, blocks, slot, victim.num_computed, rank))
         self.pool.close(owner)
         victim.num_computed = 0
         victim.status = SequenceStatus.PREEMPTED
@@ -302,9 +337,13 @@ class Scheduler:
         sequence.num_computed = num_hit * self.pool.block_tokens
         if kept is not None and kept.num_tokens > sequence.num_computed:
             blocks = tuple(self.pool.blocks(owner)[num_hit : self.pool.blocks_for(kept.num_tokens)])
-            plan.brought_back.append(BroughtBack(kept, num_hit, blocks))
+            plan.brought_back.append(BroughtBack(kept, num_hit, blocks, self.pool.slot(owner)))
             self.pool.worsen(owner, kept.rank)
             sequence.num_computed = kept.num_tokens
+            return
+        record = self.pool.resumes_from(owner)
+        if record is not None:
+            plan.resumed.append(Resumed(record, self.pool.slot(owner), sequence.num_computed))
 
     def computed(self, row: StepRow, num_drafts_kept: int = 0) -> None:
         """Record that a row's positions are in the cache, and key the blocks that it filled. Of its guesses the first
@@ -312,6 +351,12 @@ class Scheduler:
         sequence = row.sequence
         sequence.num_computed = row.start + row.num_tokens - len(row.drafts) + num_drafts_kept
         self.seal(sequence)
+        if row.records:
+            self.pool.settle_records(
+                owner_of(sequence),
+                sequence.num_computed,
+                lambda boundary: self._record_policy.supersedes(boundary, sequence.num_prompt),
+            )
 
     def seal(self, sequence: Sequence) -> None:
         """Key every full block of a sequence that has no key yet."""

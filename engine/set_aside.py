@@ -14,12 +14,13 @@ from engine.scheduler import BroughtBack, Preempted
 
 @dataclass(frozen=True, slots=True)
 class KeptBlocks:
-    """An engine.request.SetAside. `planes` as PagedCache.take_blocks gives them."""
+    """An engine.request.SetAside. `planes` as PagedCache.take_blocks gives them, `windows` as WindowCache.take."""
 
     num_tokens: int
     rank: int
     num_bytes: int
     planes: dict[str, torch.Tensor]
+    windows: dict[str, torch.Tensor]
 
 
 def set_aside(
@@ -30,14 +31,15 @@ def set_aside(
     The caller holds the engine's lock since the blocks were given up, so that nobody has written to them.
     """
     used_bytes = sum(s.set_aside.num_bytes for s in running if isinstance(s.set_aside, KeptBlocks))
-    num_bytes = cache.layout.num_bytes(len(preempted.blocks) * cache.layout.block_tokens)
+    num_bytes = len(preempted.blocks) * cache.block_bytes + cache.windows.slot_bytes
     if not preempted.blocks or used_bytes + num_bytes > limit_bytes:
         return None
-    planes = cache.take_blocks(preempted.blocks)
-    return KeptBlocks(preempted.num_tokens, preempted.rank, num_bytes, planes)
+    planes, windows = cache.take_blocks(preempted.blocks), cache.windows.take(preempted.slot)
+    return KeptBlocks(preempted.num_tokens, preempted.rank, num_bytes, planes, windows)
 
 
 def bring_back(brought_back: BroughtBack, cache: PagedCache) -> None:
     """Write what was set aside into the blocks that the sequence has now."""
     assert isinstance(brought_back.kept, KeptBlocks)
     cache.put_blocks(brought_back.blocks, brought_back.kept.planes, brought_back.first_block)
+    cache.windows.put(brought_back.slot, brought_back.kept.windows)

@@ -16,6 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.models.config import ModelConfig
+from engine.models.deepseek.config import MlaConfig
+from engine.models.deepseek.tensors import is_left_out, mla_shapes, v4_shapes
+from engine.models.families import AnyConfig
+from engine.quantized import (
+    STORED_FP4,
+    STORED_FP8,
+    STORED_SCALES,
+    dequantized,
+    scale_name,
+    scales_shape,
+    stored_shape,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +37,8 @@ OUTPUT = "lm_head.weight"
 
 _SUFFIX = ".safetensors"
 _DTYPES = {"F32", "F16", "BF16"}
+_QUANTIZED = {STORED_FP8, STORED_FP4}
+_TOKEN_TABLE, _TABLE_DTYPES = ".tid2eid", {"I64", "I32"}
 _HEADER_LENGTH_BYTES = 8
 # Computed from the config instead; older checkpoints carry them.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -58,14 +72,18 @@ class Weights:
         self._files = files
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor in the dtype of its file (float32, float16 or bfloat16), a view of the mapped file: do not
-        write.
+        """A tensor in the dtype of its file (float32, float16, bfloat16, or integers for a table), a view of the mapped
+        file: do not write. Quantized ones in float32, in memory of their own.
 
         Raises:
             KeyError: `name` is not a tensor of this model.
         """
         # Mapped anew each time: of a file that stays mapped every page that was ever read stays in memory.
-        return _open_file(self._files[name]).get_tensor(name)
+        stored = _open_file(self._files[name]).get_tensor(name)
+        scales = scale_name(name)
+        if scales is None or scales not in self._files:
+            return stored
+        return dequantized(stored, _open_file(self._files[scales]).get_tensor(scales))
 
     def fused(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
         """The rows of several matrices (or biases) below one another, in memory of their own, converted to
@@ -83,7 +101,7 @@ class Weights:
         return rows
 
 
-def open_weights(model_dir: Path, config: ModelConfig) -> Weights:
+def open_weights(model_dir: Path, config: AnyConfig) -> Weights:
     """Map the weights in `model_dir` and check them against `config`.
 
     Raises:
@@ -103,18 +121,21 @@ def open_weights(model_dir: Path, config: ModelConfig) -> Weights:
     return weights
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of this config has, in Hugging Face's names."""
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (config.vocab_size, config.hidden_size),
-        "model.norm.weight": (config.hidden_size,),
-    }
+def expected_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of this config has, in the names that it is published with."""
+    if isinstance(config, ModelConfig):
+        return dict(_dense_shapes(config))
+    return dict(mla_shapes(config) if isinstance(config, MlaConfig) else v4_shapes(config))
+
+
+def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield EMBEDDING, (config.vocab_size, config.hidden_size)
+    yield "model.norm.weight", (config.hidden_size,)
     if not config.tie_word_embeddings:
-        shapes[OUTPUT] = (config.vocab_size, config.hidden_size)
+        yield OUTPUT, (config.vocab_size, config.hidden_size)
     for layer in range(config.num_layers):
         for name, shape in _layer_shapes(config):
-            shapes[f"model.layers.{layer}.{name}"] = shape
-    return shapes
+            yield f"model.layers.{layer}.{name}", shape
 
 
 def _layer_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -184,38 +205,73 @@ def _first_cut_tensor(path: Path) -> str | None:
         return None
 
 
-def _check_tensors(path: Path, opened: _TensorFile, config: ModelConfig) -> None:
+def _check_tensors(path: Path, opened: _TensorFile, config: AnyConfig) -> None:
     shapes = expected_shapes(config)
+    scales = {scale_name(name): name for name in shapes} if not isinstance(config, ModelConfig) else {}
     for name in opened.keys():  # noqa: SIM118 - not iterable
         # A tied model may carry a copy of its embedding as output head.
         expected = shapes.get(EMBEDDING if name == OUTPUT else name)
-        if expected is None:
-            if name.endswith(_IGNORED_SUFFIX):
-                continue
+        stored = opened.get_slice(name)
+        if expected is not None:
+            _check_tensor(path, name, stored, expected, is_quantizable=not isinstance(config, ModelConfig))
+        elif name in scales:
+            if stored.get_dtype() not in STORED_SCALES:
+                raise WeightsError(
+                    f"{path}: tensor {name} is {stored.get_dtype()}; scales are {' or '.join(STORED_SCALES)}"
+                )
+        elif not name.endswith(_IGNORED_SUFFIX) and (
+            isinstance(config, ModelConfig) or not is_left_out(config, name)
+        ):
             raise WeightsError(
                 f"{path}: tensor {name} is not part of a {config.architecture} model of this config; "
                 "does config.json belong to these weights?"
             )
-        stored = opened.get_slice(name)
-        if tuple(stored.get_shape()) != expected:
-            raise WeightsError(
-                f"{path}: tensor {name} is {stored.get_shape()}; config.json needs {list(expected)}"
-            )
-        if stored.get_dtype() not in _DTYPES:
-            raise WeightsError(
-                f"{path}: tensor {name} is {stored.get_dtype()}; supported are {', '.join(sorted(_DTYPES))}"
-            )
 
 
-def _check_complete(
-    model_dir: Path, files: Mapping[str, Path], weights: Weights, config: ModelConfig
+def _check_tensor(
+    path: Path, name: str, stored: _TensorSlice, expected: tuple[int, ...], is_quantizable: bool
 ) -> None:
-    missing = [name for name in expected_shapes(config) if name not in files]
+    dtype = stored.get_dtype()
+    supported = _TABLE_DTYPES if name.endswith(_TOKEN_TABLE) else _DTYPES
+    if is_quantizable and len(expected) == 2:
+        supported = supported | _QUANTIZED
+    if dtype in supported:
+        expected = stored_shape(expected, dtype)
+    if tuple(stored.get_shape()) != expected:
+        raise WeightsError(
+            f"{path}: tensor {name} is {stored.get_shape()}; config.json needs {list(expected)}"
+        )
+    if dtype not in supported:
+        raise WeightsError(f"{path}: tensor {name} is {dtype}; supported are {', '.join(sorted(supported))}")
+
+
+def _check_complete(model_dir: Path, files: Mapping[str, Path], weights: Weights, config: AnyConfig) -> None:
+    shapes = expected_shapes(config)
+    missing = [name for name in shapes if name not in files]
     if missing:
         more = f" and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
         raise WeightsError(f"{model_dir}: weights lack tensor {', '.join(missing[:_NUM_NAMED])}{more}")
+    if not isinstance(config, ModelConfig):
+        _check_scales(files, shapes)
     is_repeated = config.tie_word_embeddings and OUTPUT in files
     if is_repeated and not torch.equal(weights.get(OUTPUT), weights.get(EMBEDDING)):
         raise WeightsError(
             f"{model_dir}: tensor {OUTPUT} differs from {EMBEDDING}, but config.json ties them"
         )
+
+
+def _check_scales(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every quantized tensor has the scales that it needs, and no other has any."""
+    opened = {path: _open_file(path) for path in set(files.values())}
+    for name, shape in shapes.items():
+        dtype, scales = opened[files[name]].get_slice(name).get_dtype(), scale_name(name)
+        if (dtype in _QUANTIZED) != (scales in files):
+            problem = "lacks its scales" if dtype in _QUANTIZED else "has scales, but is not quantized"
+            raise WeightsError(f"{files[name]}: tensor {name} is {dtype} and {problem} ({scales})")
+        if scales is None or scales not in files:
+            continue
+        found, needed = tuple(opened[files[scales]].get_slice(scales).get_shape()), scales_shape(shape, dtype)
+        if found != needed:
+            raise WeightsError(
+                f"{files[scales]}: tensor {scales} is {list(found)}; {name} of {dtype} needs {list(needed)}"
+            )

@@ -7,62 +7,18 @@ flow of a layer is one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from engine.attention import PagedAttention
 from engine.batch import StepBatch
-from engine.cache import PagedCache, gqa_layout
-from engine.layers import GatedMLP, RMSNorm, Rotary, rotate
-from engine.linear import Fp8Linear, Int8Linear, Linear, Product
+from engine.cache import PagedCache
+from engine.layers import GatedMLP, Rotary, rotate
 from engine.models.config import ModelConfig
+from engine.models.placement import Placement
 from engine.rope import rope_tables
 from engine.sdpa import FusedAttention
 from engine.weights import Weights
-from kvtransfer.layouts import CacheLayout
-
-
-def cache_layout(config: ModelConfig, kv_dtype: str, block_tokens: int) -> CacheLayout:
-    """The cache that a dense decoder fills: planes "k" and "v"."""
-    return gqa_layout(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype, block_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where weights go and in what precision (EngineOptions.precision)."""
-
-    weights: Weights
-    precision: str
-    device: torch.device
-    eps: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights that are not quantized."""
-        return torch.float32 if self.precision == "float32" else torch.bfloat16
-
-    def linear(self, *names: str, bias: bool = False) -> Product:
-        """One product for the rows of all `names`, in order."""
-        weight = self.weights.fused([f"{name}.weight" for name in names], self.dtype).to(self.device)
-        offset = None
-        if bias:
-            offset = self.weights.fused([f"{name}.bias" for name in names], torch.float32).to(self.device)
-        match self.precision:
-            case "int8":
-                return Int8Linear(weight, offset)
-            case "fp8":
-                return Fp8Linear(weight, offset)
-            case _:
-                return Linear(weight, offset)
-
-    def head(self, embedding: torch.Tensor) -> Product:
-        """The output head that an embedding [vocabulary, hidden] is, too."""
-        return Int8Linear(embedding) if self.precision == "int8" else Linear(embedding, repack=False)
-
-    def norm(self, name: str) -> RMSNorm:
-        """The norm with the weight of that name."""
-        return RMSNorm(self.weights.get(f"{name}.weight").to(self.device), self.eps)
 
 
 class DecoderLayer:

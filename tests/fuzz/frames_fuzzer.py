@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.cache import PagedCache, gqa_layout
+from engine.cache import PagedCache
+from engine.models.layouts import gqa_layout
 from engine.pool import BlockPool
 from kvtransfer.cache_sink import CacheSink
 from kvtransfer.codecs import CODECS, Codec, find_codec

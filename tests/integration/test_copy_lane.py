@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from engine.cache import PagedCache, gqa_layout
+from engine.cache import PagedCache
 from engine.copy_lane import CopyLane
+from engine.models.layouts import gqa_layout
 from kvtransfer.layouts import Piece
 
 pytestmark = pytest.mark.integration

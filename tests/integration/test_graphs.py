@@ -15,7 +15,8 @@ from engine.batch import BatchBuilder
 from engine.cache import PagedCache
 from engine.graphs import AnswerSizes, DecodeGraphs
 from engine.models.config import ModelConfig
-from engine.models.dense import DenseDecoder, cache_layout
+from engine.models.dense import DenseDecoder
+from engine.models.layouts import gqa_layout
 from engine.pool import BlockPool
 from engine.request import SamplingParams, Sequence
 from engine.scheduler import StepPlan, StepRow, owner_of
@@ -49,7 +50,8 @@ class Rig:
     def __init__(self, model_dir: Path, monkeypatch: pytest.MonkeyPatch, *, padded: bool) -> None:
         config = ModelConfig.open(model_dir)
         self.pool = BlockPool(NUM_BLOCKS, BLOCK)
-        self.cache = PagedCache(cache_layout(config, "float32", BLOCK), NUM_BLOCKS, CPU, self.pool.blocks)
+        layout = gqa_layout(config.num_layers, config.num_kv_heads, config.head_dim, "float32", BLOCK)
+        self.cache = PagedCache(layout, NUM_BLOCKS, CPU, self.pool.blocks)
         sizes = AnswerSizes.up_to(8, 16)
         with monkeypatch.context() as patch:
             if padded:

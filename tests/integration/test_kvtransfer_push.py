@@ -10,7 +10,8 @@ import grpc
 import pytest
 import torch
 
-from engine.cache import PagedCache, gqa_layout
+from engine.cache import PagedCache
+from engine.models.layouts import gqa_layout
 from kvtransfer.cache_sink import CacheSink
 from kvtransfer.choice import CodecChoice
 from kvtransfer.codecs import newest_codec

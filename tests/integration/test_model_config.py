@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from engine.models.config import Architecture, ModelConfig, ModelConfigError, RopeConfig, RopeType
+from engine.models.config import ModelConfig
+from engine.models.config_keys import Architecture, ModelConfigError
+from engine.models.rope_config import RopeConfig, RopeType
 
 pytestmark = pytest.mark.integration
 

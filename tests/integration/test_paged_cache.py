@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cache import DTYPES, PagedCache, gather_box, gqa_layout, scatter_box
+from engine.cache import PagedCache, gather_box, scatter_box
+from engine.models.layouts import gqa_layout
+from engine.storage import DTYPES
 from kvtransfer.layouts import Piece, Plane
 
 pytestmark = pytest.mark.integration

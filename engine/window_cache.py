@@ -1,0 +1,109 @@
+"""Windows in memory: the last rows of every running sequence, and records of what was live at boundaries.
+
+Whose slot is whose is the pool's business (engine/windows.py). A slot is a ring of as many rows as a window has and
+some more, so that guesses that are not kept overwrite nothing that lives on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.batch import Span
+from engine.storage import plane_dtype, plane_width
+from engine.window_step import WindowStep, window_step
+from kvtransfer.layouts import CacheLayout, Plane, Window
+
+
+class WindowCache:
+    """`slots[name]` [layers, num_slots · ring, width] and `records[name]` [layers, num_records · live rows, width] of
+    every window plane of a layout; nothing for a layout without. `spare_rows`: how many guesses a step may have."""
+
+    def __init__(
+        self, layout: CacheLayout, num_slots: int, num_records: int, spare_rows: int, device: torch.device
+    ) -> None:
+        self._planes = window_planes(layout)
+        self._device = device
+        self.slot_bytes = slot_bytes(layout, spare_rows)
+        self._boundary = _far_boundary(layout)
+        self._rings = {plane.name: ring_rows(plane, spare_rows) for plane in self._planes}
+        self._live = {plane.name: len(plane.live(self._boundary)) for plane in self._planes}
+        self.slots = {
+            plane.name: self._room(plane, num_slots * self._rings[plane.name]) for plane in self._planes
+        }
+        self.records = {
+            plane.name: self._room(plane, num_records * self._live[plane.name]) for plane in self._planes
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots and records."""
+        tensors = (*self.slots.values(), *self.records.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def step(self, name: str, spans: Sequence[Span]) -> WindowStep:
+        """What a step of `spans` reads and writes of a plane."""
+        plane = next(plane for plane in self._planes if plane.name == name)
+        return window_step(plane, self._rings[name], self._live[name], spans, self._device)
+
+    def restore(self, record: int, slot: int, num_tokens: int) -> None:
+        """Fill a slot with what was live at `num_tokens`, from its record."""
+        for plane in self._planes:
+            positions = torch.tensor(plane.live(num_tokens), dtype=torch.int64, device=self._device)
+            source = record * self._live[plane.name] + torch.arange(len(positions), device=self._device)
+            target = slot * self._rings[plane.name] + positions % self._rings[plane.name]
+            self.slots[plane.name].index_copy_(1, target, self.records[plane.name].index_select(1, source))
+
+    def copy(self, source: int, target: int) -> None:
+        """One slot's rows into another."""
+        self.put(target, self.take(source))
+
+    def take(self, slot: int) -> dict[str, torch.Tensor]:
+        """A copy of a slot's rows: by plane [layers, ring, width]."""
+        return {name: self._ring(name, slot).clone() for name in self.slots}
+
+    def put(self, slot: int, taken: dict[str, torch.Tensor]) -> None:
+        """Write what `take` gave."""
+        for name, rows in taken.items():
+            self._ring(name, slot).copy_(rows)
+
+    def _ring(self, name: str, slot: int) -> torch.Tensor:
+        rows = self._rings[name]
+        return self.slots[name][:, slot * rows : (slot + 1) * rows]
+
+    def _room(self, plane: Plane, num_rows: int) -> torch.Tensor:
+        shape = (plane.layers, num_rows, plane_width(plane))
+        return torch.zeros(shape, dtype=plane_dtype(plane), device=self._device)
+
+
+def window_planes(layout: CacheLayout) -> tuple[Plane, ...]:
+    """Those planes of a layout that are windows."""
+    return tuple(plane for plane in layout.planes if isinstance(plane.kind, Window))
+
+
+def ring_rows(plane: Plane, spare_rows: int) -> int:
+    """Rows of a slot."""
+    assert isinstance(plane.kind, Window)
+    return plane.kind.rows + spare_rows
+
+
+def slot_bytes(layout: CacheLayout, spare_rows: int) -> int:
+    """Bytes of one slot of every window plane."""
+    return sum(
+        plane.layers * ring_rows(plane, spare_rows) * plane.record_bytes for plane in window_planes(layout)
+    )
+
+
+def record_bytes(layout: CacheLayout) -> int:
+    """Bytes of one record."""
+    boundary = _far_boundary(layout)
+    return sum(
+        plane.layers * len(plane.live(boundary)) * plane.record_bytes for plane in window_planes(layout)
+    )
+
+
+def _far_boundary(layout: CacheLayout) -> int:
+    """A boundary between blocks that is farther than any window is long."""
+    longest = max((plane.kind.rows for plane in layout.planes if isinstance(plane.kind, Window)), default=0)
+    return -(-longest // layout.block_tokens) * layout.block_tokens * 2

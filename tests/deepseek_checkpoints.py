@@ -1,0 +1,174 @@
+"""Small DeepSeek models with random weights: transformers' as the oracle, and the same as a checkpoint of ours, in the
+names and formats that DeepSeek publishes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV4Config,
+    DeepseekV32Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+V4_SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 24,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "compress_ratios": [0, 128, 4, 128, 4, 4, 0],
+    "num_hash_layers": 2,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
+    "index_topk": 512,
+    "sliding_window": 128,
+    "hc_mult": 4,
+    "max_position_embeddings": 2048,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+}
+MLA_SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 2048,
+}
+
+# Of transformers' modules, from the outside in, what DeepSeek calls them.
+_V4_NAMES = (
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^lm_head\.", "head."),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
+    (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.mlp\.", ".ffn."),
+    (r"\.attn\.sinks$", ".attn.attn_sink"),
+    (r"\.compressor\.indexer\.scorer\.weights_proj", ".indexer.weights_proj"),
+    (r"\.compressor\.indexer\.q_b_proj", ".indexer.wq_b"),
+    (r"\.compressor\.indexer\.", ".indexer.compressor."),
+    (r"compressor\.kv_norm", "compressor.norm"),
+    (r"\.position_bias$", ".ape"),
+    (r"\.q_a_norm\.", ".q_norm."),
+    (r"compressor\.gate_proj", "compressor.wgate"),
+    (r"\.q_a_proj\.", ".wq_a."),
+    (r"\.q_b_proj\.", ".wq_b."),
+    (r"\.kv_proj\.", ".wkv."),
+    (r"\.o_a_proj\.", ".wo_a."),
+    (r"\.o_b_proj\.", ".wo_b."),
+    (r"\.gate\.e_score_correction_bias$", ".gate.bias"),
+    (r"shared_experts\.gate_proj", "shared_experts.w1"),
+    (r"shared_experts\.up_proj", "shared_experts.w3"),
+    (r"shared_experts\.down_proj", "shared_experts.w2"),
+)
+
+
+def v4_config(**changes: Any) -> PreTrainedConfig:
+    """As published: `compress_ratios` end with those of layers that predict further tokens."""
+    return DeepseekV4Config(architectures=["DeepseekV4ForCausalLM"], **(V4_SIZES | changes))
+
+
+def v32_config(**changes: Any) -> PreTrainedConfig:
+    sizes = MLA_SIZES | {"index_topk": 2048, "index_head_dim": 16, "index_n_heads": 4}
+    return DeepseekV32Config(architectures=["DeepseekV32ForCausalLM"], **(sizes | changes))
+
+
+def v3_config(**changes: Any) -> PreTrainedConfig:
+    return DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"], **(MLA_SIZES | changes))
+
+
+def make_oracle(config: PreTrainedConfig, directory: Path, seed: int = 0) -> PreTrainedModel:
+    """A model with every parameter random, and its checkpoint in `directory`."""
+    torch.manual_seed(seed)
+    config._attn_implementation = "eager"
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("tid2eid"):
+                rows = torch.rand(len(tensor), config.n_routed_experts).argsort(dim=1)
+                tensor.copy_(rows[:, : tensor.shape[1]])
+            elif tensor.is_floating_point() and "inv_freq" not in name:
+                tensor.copy_(_random(name, tensor))
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    tensors = published(config, model.state_dict())
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def _random(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    noise = torch.randn(tensor.shape)
+    if "norm.weight" in name or name.endswith("layernorm.weight"):
+        return 1 + 0.2 * noise
+    if tensor.ndim < 2:
+        return 0.3 * noise
+    if "position_bias" in name:
+        return noise
+    return noise * 1.5 / tensor.shape[-1] ** 0.5
+
+
+def published(config: PreTrainedConfig, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' tensors by the names that DeepSeek gives them, each expert by itself."""
+    is_v4 = config.model_type == "deepseek_v4"
+    gate, down, up = ("w1", "w2", "w3") if is_v4 else ("gate_proj", "down_proj", "up_proj")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        for pattern, to in _V4_NAMES if is_v4 else ():
+            name = re.sub(pattern, to, name)
+        at, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for expert, both in enumerate(tensor):
+                one, other = both.chunk(2)
+                tensors[f"{at}.{expert}.{gate}.weight"] = one.contiguous()
+                tensors[f"{at}.{expert}.{up}.weight"] = other.contiguous()
+        elif last == "down_proj" and tensor.ndim == 3:
+            for expert, weight in enumerate(tensor):
+                tensors[f"{at}.{expert}.{down}.weight"] = weight.contiguous()
+        elif not (config.tie_word_embeddings and name in ("head.weight", "lm_head.weight")):
+            tensors[name] = tensor.contiguous()
+    return tensors
+
+
+def rewrite_config(directory: Path, **changes: Any) -> None:
+    """Change keys of the config.json in `directory`; None takes one out."""
+    path = directory / "config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
