@@ -148,7 +148,7 @@ class DecodeService:
         """Blocks for a request that has a lease, and the word that it is reserved."""
         num_choices, root_key = request.sampling.n, self._context.root_key(request.key.tenant)
         cached_tokens = self._leases.reserve(
-            request.lease_id, request.prompt, num_choices, root_key, request.bound
+            request.lease_id, request.prompt, num_choices, root_key, request.bound, request.local_prefill
         )
         if cached_tokens is None:
             text = f"no room for a prompt of {len(request.prompt)} tokens and {num_choices} choices now"

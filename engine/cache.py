@@ -21,6 +21,7 @@ import torch
 from engine.copy_lane import CopyLane
 from engine.storage import DTYPES, plane_dtype, plane_width
 from engine.window_cache import WindowCache
+from engine.windows import WindowPlace
 from kvtransfer.layouts import CacheLayout, Paged, Piece, Plane, convertible
 
 _T = TypeVar("_T", np.ndarray, torch.Tensor)
@@ -29,13 +30,17 @@ Run = tuple[slice, slice]
 """Some of a piece's entries, counted from its first, and the consecutive slots that they lie in."""
 
 
+Where = tuple[str, bool]
+"""A plane, and whether its records are meant."""
+
+
 class PagedCache:
     """Tensors of every plane of `layout`, zeroed, for `num_blocks` blocks and the padding block.
 
     `planes[name]`, of a paged plane, has shape [layers, heads, (num_blocks + 1) · entries of a block, width].
     `blocks_of(owner)`: its blocks by position; KeyError for an unknown owner. The layout's block size may be any
     multiple of its planes' tokens per entry. `lane`: how pieces are copied where the planes are not in host memory.
-    `windows`: of a layout that has window planes.
+    `windows`: of a layout that has window planes, and `window_place(owner)`: where an owner's are.
     """
 
     def __init__(
@@ -46,8 +51,10 @@ class PagedCache:
         blocks_of: Callable[[bytes], Sequence[int]],
         lane: CopyLane | None = None,
         windows: WindowCache | None = None,
+        window_place: Callable[[bytes], WindowPlace] | None = None,
     ) -> None:
         self.layout = layout
+        self._window_place = window_place
         self.windows = windows or WindowCache(layout, 0, 0, 0, device)
         self.num_blocks = num_blocks
         self.padding_block = num_blocks
@@ -67,7 +74,11 @@ class PagedCache:
             for plane in layout.planes
             if plane.name in self._entries
         }
-        self._rows = {name: _by_row(tensor) for name, tensor in self.planes.items() if lane is None}
+        slots, records = self.windows.slots, self.windows.records
+        stored = {(name, False): tensor for name, tensor in (self.planes | slots).items()}
+        stored |= {(name, True): tensor for name, tensor in records.items()}
+        self._stored = stored
+        self._rows = {name: _by_row(tensor) for name, tensor in stored.items() if lane is None}
 
     @property
     def num_bytes(self) -> int:
@@ -89,36 +100,36 @@ class PagedCache:
     ) -> torch.Tensor:
         """The piece's canonical bytes (see CacheStore). `out` may begin at any address."""
         dtype, num_bytes = self._wire_dtype(piece, wire), wire.num_bytes(piece)
-        runs = self._runs(owner, piece)
+        where, runs = self._place(owner, piece)
         if out is not None and len(out) != num_bytes:
             raise ValueError(f"a piece of {num_bytes} bytes does not fit into {len(out)}")
-        stored = self.planes[piece.plane]
+        stored = self._stored[where]
         if self._lane is not None:
             raw = self._lane.to_host(lambda: gather_box(stored, piece, runs, dtype))
             return raw if out is None else out.copy_(raw)
         raw = torch.empty(num_bytes, dtype=torch.uint8) if out is None else out
         if dtype == stored.dtype:
-            self._take(piece, runs, raw)
+            self._take(where, piece, runs, raw)
         else:
             same = torch.empty(raw.numel() // dtype.itemsize, dtype=stored.dtype)
-            self._take(piece, runs, same.view(torch.uint8))
+            self._take(where, piece, runs, same.view(torch.uint8))
             _numbers(raw, dtype).copy_(same)
         return raw
 
     def scatter(self, owner: bytes, piece: Piece, wire: Plane, data: torch.Tensor) -> None:
         """Write a piece that `gather` gave, here or on another worker. `data` may begin at any address."""
         dtype, num_bytes = self._wire_dtype(piece, wire), wire.num_bytes(piece)
-        runs = self._runs(owner, piece)
+        where, runs = self._place(owner, piece)
         if len(data) != num_bytes:
             raise ValueError(f"{len(data)} bytes for a piece of {num_bytes}")
-        stored = self.planes[piece.plane]
+        stored = self._stored[where]
         if self._lane is not None:
             self._lane.to_card(data, lambda raw: scatter_box(stored, piece, runs, raw.view(dtype)))
             return
         raw = data.cpu()
         if dtype != stored.dtype:
             raw = _numbers(raw, dtype).to(stored.dtype).view(torch.uint8)
-        box, given = self._box(piece), self._canonical(piece, raw)
+        box, given = _part_of(self._rows[where], piece), self._canonical(where, piece, raw)
         for part, slots in runs:
             box[:, :, slots] = given[:, part].transpose(0, 2, 1)
 
@@ -166,6 +177,15 @@ class PagedCache:
             raise ValueError(f"plane {piece.plane!r} is {here} here, cannot be {there}")
         return DTYPES[there]
 
+    def _place(self, owner: bytes, piece: Piece) -> tuple[Where, list[Run]]:
+        """Which of the tensors a piece lies in, and where in it."""
+        if piece.plane in self._entries:
+            return (piece.plane, False), self._runs(owner, piece)
+        if self._window_place is None:
+            raise ValueError(f"plane {piece.plane!r} is a window, and there are none here")
+        place = self._window_place(owner)
+        return (piece.plane, place.is_record), self.windows.runs(piece.plane, place, piece.entries)
+
     def _runs(self, owner: bytes, piece: Piece) -> list[Run]:
         """The piece's entries in stretches that lie in consecutive slots."""
         entries, size, blocks = piece.entries, self._entries[piece.plane], self._blocks_of(owner)
@@ -185,19 +205,15 @@ class PagedCache:
                 start = stop
         return runs
 
-    def _take(self, piece: Piece, runs: list[Run], out: torch.Tensor) -> None:
-        box, taken = self._box(piece), self._canonical(piece, out)
+    def _take(self, where: Where, piece: Piece, runs: list[Run], out: torch.Tensor) -> None:
+        box, taken = _part_of(self._rows[where], piece), self._canonical(where, piece, out)
         for part, slots in runs:
             taken[:, part] = box[:, :, slots].transpose(0, 2, 1)
 
-    def _box(self, piece: Piece) -> np.ndarray:
-        """The plane's rows [layers, heads, slots], all slots."""
-        return _part_of(self._rows[piece.plane], piece)
-
-    def _canonical(self, piece: Piece, raw: torch.Tensor) -> np.ndarray:
+    def _canonical(self, where: Where, piece: Piece, raw: torch.Tensor) -> np.ndarray:
         """A piece's bytes as rows [layers, entries, heads]."""
         shape = (len(piece.layers), len(piece.entries), len(piece.heads))
-        return raw.numpy().view(self._rows[piece.plane].dtype).reshape(shape)
+        return raw.numpy().view(self._rows[where].dtype).reshape(shape)
 
     def _block_slots(self, name: str, blocks: Sequence[int]) -> torch.Tensor:
         size = self._entries[name]

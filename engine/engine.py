@@ -26,6 +26,7 @@ from engine.request import Sequence as EngineSequence
 from engine.runner import EngineOptions, ModelRunner
 from engine.scheduler import Scheduler, StepLimits, StepPlan, choice_owner, owner_of
 from engine.set_aside import bring_back, set_aside
+from engine.windows import WindowUse
 
 
 @dataclass(slots=True)
@@ -101,12 +102,14 @@ class Engine:
         *,
         bound: int = 0,
         tenant: str = "",
+        is_computed_here: bool = True,
     ) -> int | None:
         """Open a lease on the cached prefix of `prompt` and on blocks for the rest of it and one token more.
 
         `bound`: the worst rank (engine/pool.py) that the request takes, now and after a preemption; `tenant`: who
-        holds the blocks. Returns the prompt tokens found cached (whole blocks, never the last token), or None
-        where there is no room now: running answers keep a block each to grow into, and the preempted go first.
+        holds the blocks; `is_computed_here`: whether `submit` will follow, else `adopt`. Returns the prompt tokens
+        found cached (whole blocks, never the last token), or None where there is no room now: running answers keep
+        a block each to grow into, and the preempted go first.
         """
         with self.lock:
             if sum(lease.num_choices for lease in self._leases.values()) + num_choices > self.max_sequences:
@@ -114,11 +117,12 @@ class Engine:
             keys = self.prefix_keys(root_key, prompt)
             spare = self.scheduler.spare_blocks + num_choices - 1
             num_blocks = self.pool.blocks_for(len(prompt) + 1)
-            num_hit = self.pool.open(lease_id, keys, num_blocks, spare, bound, tenant)
+            use = WindowUse.COMPUTED if is_computed_here else WindowUse.LANDING
+            num_hit = self.pool.open(lease_id, keys, num_blocks, spare, bound, tenant, use)
             if num_hit is None:
                 return None
             cached_tokens = num_hit * self.pool.block_tokens
-            record = self.pool.resumes_from(lease_id)
+            record = self.pool.resumes_from(lease_id) if is_computed_here else None
             if record is not None:
                 self.cache.windows.restore(record, self.pool.slot(lease_id), cached_tokens)
             self._leases[lease_id] = _Lease(num_choices, root_key, cached_tokens, bound, tenant)
@@ -221,7 +225,7 @@ class Engine:
             if not num_blocks:
                 return None
             spare = self.scheduler.spare_blocks
-            if self.pool.open(owner, keys[:num_blocks], num_blocks, spare, bound, computes=False) is None:
+            if self.pool.open(owner, keys[:num_blocks], num_blocks, spare, bound, use=WindowUse.NONE) is None:
                 return None
             self._leases[owner] = _Lease(num_choices=0)
             return num_blocks, self.pool.rank(owner)
@@ -234,7 +238,7 @@ class Engine:
         """
         with self.lock:
             spare = self.scheduler.spare_blocks
-            num_hit = self.pool.open(lease_id, keys, len(keys), spare, bound, tenant, computes=False)
+            num_hit = self.pool.open(lease_id, keys, len(keys), spare, bound, tenant, WindowUse.NONE)
             if num_hit is not None:
                 self._leases[lease_id] = _Lease(num_choices=0, bound=bound, tenant=tenant)
             return num_hit

@@ -25,7 +25,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from engine.shares import TenantShares
-from engine.windows import Filling, Name, WindowPool
+from engine.windows import Filling, Name, WindowPlace, WindowPool, WindowUse
 
 
 class PoolCorrupted(AssertionError):
@@ -123,6 +123,12 @@ class BlockPool:
         """The owner's window slot; 0 for a model without windows."""
         return self.windows.slot(owner) if self.windows is not None else 0
 
+    def window_place(self, owner: bytes) -> WindowPlace:
+        """Where the owner's windows are read and written from outside. Raises KeyError for one without any."""
+        if self.windows is None:
+            raise KeyError(f"a model without windows, and owner {owner.hex()}")
+        return WindowPlace(self.windows.slot(owner))
+
     def resumes_from(self, owner: bytes) -> int | None:
         """The record of the windows at the end of what an owner, just opened, took from the cache."""
         keys = self._holdings[owner].keys
@@ -161,19 +167,21 @@ class BlockPool:
         spare: int = 0,
         bound: int = 0,
         tenant: Hashable = "",
-        computes: bool = True,
+        use: WindowUse = WindowUse.COMPUTED,
     ) -> int | None:
         """Give a new owner the cached prefix named by `keys`, pinned, and private blocks up to `num_blocks`.
 
-        Of the cached blocks only ranks up to `bound` are taken. An owner that `computes` needs a window slot and a
-        record where its prefix ends. Returns how many leading blocks were cached, or None, with nothing changed,
-        where fewer than `spare` blocks would be left or the tenant may not have as many.
+        Of the cached blocks only ranks up to `bound` are taken. `use` counts for a model with windows: who
+        has a slot, and who needs a record where its prefix ends. Returns how many leading blocks were cached, or
+        None, with nothing changed, where fewer than `spare` blocks would be left or the tenant may not have as
+        many.
         """
         hits = self._hits(keys[:num_blocks], bound)
+        takes_slot = self.windows is not None and use is not WindowUse.NONE
+        if self.windows is not None and takes_slot and not self.windows.num_free_slots:
+            return None
         num_matching = 0
-        if computes and self.windows is not None:
-            if not self.windows.num_free_slots:
-                return None
+        if self.windows is not None and use is WindowUse.COMPUTED:
             resumable = self._resumable(hits)
             num_matching = len(hits) if resumable < len(hits) else 0
             hits = hits[:resumable]
@@ -186,7 +194,7 @@ class BlockPool:
             return None
         self._open(owner, tenant, hits)
         self._extend(owner, num_private)
-        if computes and self.windows is not None:
+        if self.windows is not None and takes_slot:
             self.windows.open(owner)
             self._holdings[owner].num_matching = num_matching
         return len(hits)

@@ -143,7 +143,10 @@ class ModelRunner:
         lane = CopyLane(CardStreams(self.device)) if self.device.type == "cuda" else None
         num_slots = options.max_sequences if windows else 0
         window_cache = WindowCache(layout, num_slots, num_records, options.max_drafts, self.device)
-        return pool, PagedCache(layout, num_blocks, self.device, pool.blocks, lane, window_cache)
+        cache = PagedCache(
+            layout, num_blocks, self.device, pool.blocks, lane, window_cache, pool.window_place
+        )
+        return pool, cache
 
     def _check_device(self) -> None:
         if self.precision == "int8" and self.device.type != "cpu":

@@ -13,12 +13,13 @@ import torch
 from engine.batch import Span
 from engine.storage import plane_dtype, plane_width
 from engine.window_step import WindowStep, window_step
+from engine.windows import WindowPlace
 from kvtransfer.layouts import CacheLayout, Plane, Window
 
 
 class WindowCache:
-    """`slots[name]` [layers, num_slots · ring, width] and `records[name]` [layers, num_records · live rows, width] of
-    every window plane of a layout; nothing for a layout without. `spare_rows`: how many guesses a step may have."""
+    """`slots[name]` [layers, 1, num_slots · ring, width] and `records[name]` [layers, 1, num_records · live rows,
+    width] of every window plane of a layout; nothing for a layout without. `spare_rows`: most guesses of a step."""
 
     def __init__(
         self, layout: CacheLayout, num_slots: int, num_records: int, spare_rows: int, device: torch.device
@@ -47,20 +48,35 @@ class WindowCache:
         plane = next(plane for plane in self._planes if plane.name == name)
         return window_step(plane, self._rings[name], self._live[name], spans, self._device)
 
+    def runs(self, name: str, place: WindowPlace, positions: range) -> list[tuple[slice, slice]]:
+        """Some positions, counted from the first, and the consecutive rows of the plane that they lie in. Raises
+        ValueError for more than a ring has."""
+        ring = self._live[name] if place.is_record else self._rings[name]
+        if len(positions) > ring or positions.start < 0:
+            raise ValueError(f"rows {positions.start} to {positions.stop} of a window of {ring}")
+        runs, start = [], positions.start
+        while start < positions.stop:
+            stop = min(positions.stop, (start // ring + 1) * ring)
+            first = place.number * ring + start % ring
+            part = slice(start - positions.start, stop - positions.start)
+            runs.append((part, slice(first, first + stop - start)))
+            start = stop
+        return runs
+
     def restore(self, record: int, slot: int, num_tokens: int) -> None:
         """Fill a slot with what was live at `num_tokens`, from its record."""
         for plane in self._planes:
+            live, ring = self._live[plane.name], self._rings[plane.name]
             positions = torch.tensor(plane.live(num_tokens), dtype=torch.int64, device=self._device)
-            source = record * self._live[plane.name] + torch.arange(len(positions), device=self._device)
-            target = slot * self._rings[plane.name] + positions % self._rings[plane.name]
-            self.slots[plane.name].index_copy_(1, target, self.records[plane.name].index_select(1, source))
+            source, target = record * live + positions % max(live, 1), slot * ring + positions % ring
+            self.slots[plane.name].index_copy_(2, target, self.records[plane.name].index_select(2, source))
 
     def copy(self, source: int, target: int) -> None:
         """One slot's rows into another."""
         self.put(target, self.take(source))
 
     def take(self, slot: int) -> dict[str, torch.Tensor]:
-        """A copy of a slot's rows: by plane [layers, ring, width]."""
+        """A copy of a slot's rows: by plane [layers, 1, ring, width]."""
         return {name: self._ring(name, slot).clone() for name in self.slots}
 
     def put(self, slot: int, taken: dict[str, torch.Tensor]) -> None:
@@ -70,10 +86,10 @@ class WindowCache:
 
     def _ring(self, name: str, slot: int) -> torch.Tensor:
         rows = self._rings[name]
-        return self.slots[name][:, slot * rows : (slot + 1) * rows]
+        return self.slots[name][:, :, slot * rows : (slot + 1) * rows]
 
     def _room(self, plane: Plane, num_rows: int) -> torch.Tensor:
-        shape = (plane.layers, num_rows, plane_width(plane))
+        shape = (plane.layers, plane.heads, num_rows, plane_width(plane))
         return torch.zeros(shape, dtype=plane_dtype(plane), device=self._device)
 
 

@@ -1,8 +1,9 @@
 """Which rows of a window a step reads and writes, as index arrays, once for all layers.
 
 A sequence's rows lie in its slot, a ring: the row of position p at p modulo the ring's length, which leaves room for
-guesses that are not kept. A step works on `rows`: those that were live before it, span by span, followed by the
-step's own, one for each of its tokens; `locate` says where in them a position is.
+guesses that are not kept. A record is a ring of just the rows that live at a boundary. A step works on `rows`: those
+that were live before it, span by span, followed by the step's own, one for each of its tokens; `locate` says where in
+them a position is.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def window_step(
         for boundary, record in span.records:
             at_boundary = np.asarray(plane.live(boundary))
             recorded[0].append(step.locate(index, at_boundary))
-            recorded[1].append(record * record_rows + np.arange(len(at_boundary)))
+            recorded[1].append(record * record_rows + at_boundary % max(record_rows, 1))
     return WindowStep(
         step.previous,
         RowMoves(tensor(kept[0]), tensor(kept[1])),

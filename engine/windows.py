@@ -10,9 +10,27 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 
 Name = tuple[bytes, int]
 """Of a cached block: its key and its rank."""
+
+
+class WindowUse(Enum):
+    """What an owner does with windows. COMPUTED: it has a slot, and goes on from a record. LANDING: it has a slot,
+    whose rows come from elsewhere. NONE: it has blocks alone."""
+
+    COMPUTED = "computed"
+    LANDING = "landing"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlace:
+    """Where an owner's rows are: in a slot, or in a record."""
+
+    number: int
+    is_record: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from tests.tiny_model import add_tokenizer
+
 V4_SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -172,3 +174,19 @@ def rewrite_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     raw = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+
+
+def make_prepared(config: PreTrainedConfig, directory: Path, seed: int = 0) -> Path:
+    """A prepared model of that config, with the tests' tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "model.safetensors").touch()
+    config.vocab_size = make_room_for_tokenizer(directory, config)
+    make_oracle(config, directory, seed)
+    add_tokenizer(directory, config.model_type, config.max_position_embeddings)
+    return directory
+
+
+def make_room_for_tokenizer(directory: Path, config: PreTrainedConfig) -> int:
+    """How many tokens the tests' tokenizer has."""
+    config.save_pretrained(directory)
+    return add_tokenizer(directory, config.model_type, config.max_position_embeddings)

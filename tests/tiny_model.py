@@ -69,6 +69,14 @@ def make_tiny_model(
     return directory
 
 
+def add_tokenizer(directory: Path, name: str, max_context: int) -> int:
+    """What makes a checkpoint in `directory`, of whatever architecture, a prepared model: tokenizer and headrace.json.
+    Returns the size of the vocabulary."""
+    vocabulary = _write_tokenizer(directory, add_bos=False)
+    _write_manifest(directory, name, vocabulary, max_context, add_bos=False)
+    return len(vocabulary)
+
+
 def _llama_config(vocabulary: dict[str, int]) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],

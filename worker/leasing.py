@@ -87,9 +87,16 @@ class LeaseKeeper:
         return granted.lease_id
 
     def reserve(
-        self, lease_id: bytes, prompt: Sequence[int], num_choices: int, root_key: bytes, bound: int = 0
+        self,
+        lease_id: bytes,
+        prompt: Sequence[int],
+        num_choices: int,
+        root_key: bytes,
+        bound: int = 0,
+        is_computed_here: bool = True,
     ) -> int | None:
-        """Blocks for a granted lease; returns the prompt tokens found cached, or None without room.
+        """Blocks for a granted lease; returns the prompt tokens found cached, or None without room. Not
+        `is_computed_here`: its rest lands.
 
         None also for a lease that has ended while it waited for room: its blocks would never be given back.
         """
@@ -99,7 +106,13 @@ class LeaseKeeper:
                 return None
             tenant = lease.request.tenant
             cached_tokens = self._engine.reserve(
-                lease_id, prompt, num_choices, root_key, bound=bound, tenant=tenant
+                lease_id,
+                prompt,
+                num_choices,
+                root_key,
+                bound=bound,
+                tenant=tenant,
+                is_computed_here=is_computed_here,
             )
             if cached_tokens is not None:
                 table.hold_prefix(lease_id, cached_tokens)

@@ -13,6 +13,7 @@ import pytest
 from engine.engine import Engine, EngineOptions
 from engine.record_policy import RecordPolicy
 from engine.request import SamplingParams
+from engine.windows import WindowUse
 from tests.contract_requests import prompts, samplings
 from tests.deepseek_checkpoints import make_oracle, v3_config, v4_config, v32_config
 from tests.engine_driver import ROOT_KEY, Driver, answer
@@ -55,7 +56,7 @@ def open_engine(model: Path, **options: object) -> Engine:
 
 def leave_blocks(engine: Engine, num_blocks: int) -> None:
     """Take all others away, without windows."""
-    assert engine.pool.open(b"others", [], engine.pool.num_blocks - num_blocks, computes=False) == 0
+    assert engine.pool.open(b"others", [], engine.pool.num_blocks - num_blocks, use=WindowUse.NONE) == 0
 
 
 def tokens(length: int, seed: int) -> list[int]:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.pool import BlockPool
 from engine.record_policy import RecordPolicy
-from engine.windows import WindowPool
+from engine.windows import WindowPool, WindowUse
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +43,7 @@ def test_a_prefix_is_taken_up_only_at_a_record() -> None:
     assert pool.open(b"b", keys, 5) == 2
     assert pool.resumes_from(b"b") is not None
     assert pool.junction(b"b") == 4 * BLOCK
-    assert pool.open(b"reader", keys, 4, computes=False) == 4
+    assert pool.open(b"reader", keys, 4, use=WindowUse.NONE) == 4
 
 
 def test_without_a_record_nothing_is_taken_up() -> None:
@@ -101,7 +101,7 @@ def test_the_least_recently_used_record_is_given_up() -> None:
             assert pool.resumes_from(b"use") is not None
             pool.close(b"use")
         compute(pool, owner, 1, [BLOCK], chain=chain * 10)
-    found = [pool.open(bytes([chain]), [key(chain * 10)], 1, computes=False) for chain in range(3)]
+    found = [pool.open(bytes([chain]), [key(chain * 10)], 1, use=WindowUse.NONE) for chain in range(3)]
     assert found == [1, 1, 1]
     for owner in (b"a", b"b", b"c", *(bytes([chain]) for chain in range(3))):
         pool.close(owner)
@@ -159,7 +159,9 @@ class PoolWithWindows(RuleBasedStateMachine):
         owner = b"o%d" % self.names
         self.names += 1
         keys = [key(chain * 10 + index) for index in range(num_keys)]
-        hit = self.pool.open(owner, keys, num_keys + 1, computes=computes)
+        hit = self.pool.open(
+            owner, keys, num_keys + 1, use=WindowUse.COMPUTED if computes else WindowUse.NONE
+        )
         if hit is None:
             return
         if computes:

@@ -107,7 +107,7 @@ class CompressedKeys:
         cache: PagedCache,
     ) -> None:
         shared, windows = step.compressions[self._ratio], cache.windows
-        memory = TailMemory(windows.slots[tail][self._index], windows.records[tail][self._index])
+        memory = TailMemory(windows.slots[tail][self._index, 0], windows.records[tail][self._index, 0])
         plane = cache.planes[entries][self._index, 0]
         compressor(x, shared.window, shared.completed, shared.angles, memory, plane)
 
@@ -171,7 +171,7 @@ class V4Attention:
         q = self._head_norm(self._q(q_low).unflatten(1, (config.num_heads, -1)))
         q = angles.turn_pairs(q) * config.head_dim**-0.5
         kv = angles.turn_pairs(self._kv_norm(kv.contiguous()).unsqueeze(1)).squeeze(1)
-        slots, records = (part[SWA][self._layer] for part in (cache.windows.slots, cache.windows.records))
+        slots, records = (part[SWA][self._layer, 0] for part in (cache.windows.slots, cache.windows.records))
         window = step.window.rows(slots, kv.to(slots.dtype))
         step.window.keep(window, slots, records)
         if self._compressed is not None:
