@@ -48,19 +48,6 @@ def why_not() -> str:
     return ""
 
 
-def parse_rate(text: str) -> float:
-    """Bits per second of "50Mbit", "1Gbit", "10 Gbit/s". Raises ValueError."""
-    plain = text.strip().lower().removesuffix("/s").removesuffix("ps").strip()
-    for unit, factor in (("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
-        number = plain.removesuffix(unit)
-        if number != plain:
-            with suppress(ValueError):
-                rate = float(number) * factor
-                if rate > 0:
-                    return rate
-    raise ValueError(f'"{text}" is not a rate such as 50Mbit, 1Gbit or 10Gbit')
-
-
 @contextmanager
 def shaped(name: str, bits_per_s: float) -> Iterator[Link]:
     """A link of that rate in each direction, gone afterwards. Raises subprocess.CalledProcessError."""

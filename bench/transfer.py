@@ -31,6 +31,7 @@ from bench.link_cluster import first_tokens
 from bench.report import BenchReport
 from cluster.errors import ClusterError
 from cluster.plan import MALLOC_ENVIRONMENT
+from cluster.units import UnitError, parse_rate
 from kvtransfer.codecs import CODECS, Fidelity
 
 NUM_TOKENS = 4096
@@ -162,8 +163,8 @@ class Pair:
 def run(console: Console, link: str = "") -> BenchReport:
     """Medians. `link`: only over a link of that rate, such as "1Gbit". Raises ClusterError where it cannot be."""
     try:
-        rates = {name: links.parse_rate(name) for name in ([link] if link else LINKS)}
-    except ValueError as error:
+        rates = {name: parse_rate(name) for name in ([link] if link else LINKS)}
+    except UnitError as error:
         raise ClusterError(f"--link: {error}") from error
     obstacle = links.why_not()
     if link and obstacle:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from contextlib import suppress
 
 SIZE_UNITS: dict[str, int] = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 DURATION_UNITS: dict[str, float] = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -59,6 +60,29 @@ def parse_duration(text: object) -> float:
     expected = 'a time with a unit, such as "100ms" or "10m"'
     number, unit = _split(text, expected, DURATION_UNITS, _DURATION_HINTS)
     return number * DURATION_UNITS[unit]
+
+
+def parse_rate(text: str) -> float:
+    """Bits per second of "50Mbit", "1Gbit", "10 Gbit/s". Raises UnitError."""
+    plain = text.strip().lower().removesuffix("/s").removesuffix("ps").strip()
+    for unit, factor in (("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
+        number = plain.removesuffix(unit)
+        if number != plain:
+            with suppress(ValueError):
+                rate = float(number) * factor
+                if rate > 0:
+                    return rate
+    raise UnitError(f'"{text}" is not a rate', expected="a rate such as 50Mbit, 1Gbit or 400Gbit")
+
+
+def parse_tokens(text: str) -> int:
+    """Tokens of "8192", "128K" (times 1,024) or "1M". Raises UnitError."""
+    plain = text.strip().upper()
+    factor = {"K": 2**10, "M": 2**20}.get(plain[-1:], 1)
+    number = plain[:-1] if factor > 1 else plain
+    if not number.isdecimal() or not int(number):
+        raise UnitError(f'"{text}" is not a number of tokens', expected="a number such as 8192, 128K or 1M")
+    return int(number) * factor
 
 
 def format_size(size_bytes: int) -> str:

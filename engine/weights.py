@@ -8,7 +8,7 @@ nothing outside the directory is opened. Knows where tensors lie, not what is co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.models.config import ModelConfig
-from engine.models.deepseek.config import MlaConfig
-from engine.models.deepseek.tensors import is_left_out, mla_shapes, v4_shapes
+from engine.models.deepseek.tensors import is_left_out
 from engine.models.families import AnyConfig
+from engine.models.shapes import EMBEDDING, OUTPUT, expected_shapes
 from engine.quantized import (
     STORED_FP4,
     STORED_FP8,
@@ -31,9 +31,6 @@ from engine.quantized import (
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-EMBEDDING = "model.embed_tokens.weight"
-OUTPUT = "lm_head.weight"
 
 _SUFFIX = ".safetensors"
 _DTYPES = {"F32", "F16", "BF16"}
@@ -121,43 +118,6 @@ def open_weights(model_dir: Path, config: AnyConfig) -> Weights:
     return weights
 
 
-def expected_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of this config has, in the names that it is published with."""
-    if isinstance(config, ModelConfig):
-        return dict(_dense_shapes(config))
-    return dict(mla_shapes(config) if isinstance(config, MlaConfig) else v4_shapes(config))
-
-
-def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield EMBEDDING, (config.vocab_size, config.hidden_size)
-    yield "model.norm.weight", (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        yield OUTPUT, (config.vocab_size, config.hidden_size)
-    for layer in range(config.num_layers):
-        for name, shape in _layer_shapes(config):
-            yield f"model.layers.{layer}.{name}", shape
-
-
-def _layer_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    num_query_rows, num_key_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield "input_layernorm.weight", (hidden,)
-    yield "post_attention_layernorm.weight", (hidden,)
-    for name, num_rows in (("q", num_query_rows), ("k", num_key_rows), ("v", num_key_rows)):
-        yield f"self_attn.{name}_proj.weight", (num_rows, hidden)
-        if config.qkv_bias:
-            yield f"self_attn.{name}_proj.bias", (num_rows,)
-    yield "self_attn.o_proj.weight", (hidden, num_query_rows)
-    if config.o_bias:
-        yield "self_attn.o_proj.bias", (hidden,)
-    if config.qk_norm:
-        yield "self_attn.q_norm.weight", (config.head_dim,)
-        yield "self_attn.k_norm.weight", (config.head_dim,)
-    yield "mlp.gate_proj.weight", (inner, hidden)
-    yield "mlp.up_proj.weight", (inner, hidden)
-    yield "mlp.down_proj.weight", (hidden, inner)
-
-
 def _weight_files(model_dir: Path) -> list[Path]:
     single, index = model_dir / WEIGHTS_FILE, model_dir / INDEX_FILE
     if single.is_file():
@@ -233,7 +193,7 @@ def _check_tensor(
 ) -> None:
     dtype = stored.get_dtype()
     supported = _TABLE_DTYPES if name.endswith(_TOKEN_TABLE) else _DTYPES
-    if is_quantizable and len(expected) == 2:
+    if is_quantizable and len(expected) == 2 and name.endswith(".weight"):
         supported = supported | _QUANTIZED
     if dtype in supported:
         expected = stored_shape(expected, dtype)

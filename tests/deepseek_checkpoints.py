@@ -190,3 +190,119 @@ def make_room_for_tokenizer(directory: Path, config: PreTrainedConfig) -> int:
     """How many tokens the tests' tokenizer has."""
     config.save_pretrained(directory)
     return add_tokenizer(directory, config.model_type, config.max_position_embeddings)
+
+
+FP8_NAMES = re.compile(r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$|shared_experts\.w\d\.weight$")
+FP8_NAMES_V3 = re.compile(
+    r"layers\.\d+\.(self_attn\.\w+_proj(_with_mqa)?|mlp\..*_proj|.*indexer\.w\w+)\.weight$"
+)
+FLOAT32_NAMES = re.compile(r"hc_|\.ape$|attn_sink$|gate\.bias$|e_score_correction_bias$|k_norm")
+
+
+def write_published(
+    config: PreTrainedConfig, model: PreTrainedModel, directory: Path, num_shards: int = 3
+) -> None:
+    """The model's checkpoint as DeepSeek publishes it: experts of V4 in MXFP4, projections in FP8, the rest in
+    bfloat16, shards with an index, and a layer that predicts further tokens. `model` gets the rounded weights."""
+    tensors = published(config, model.state_dict())
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        stored |= _stored(config, name, tensor)
+    further = "mtp.0.norm.weight" if config.model_type == "deepseek_v4" else _further_layer(config)
+    stored[further] = torch.ones(config.hidden_size, dtype=torch.bfloat16)
+    _load_rounded(config, model, stored)
+    names = sorted(stored)
+    weight_map = {}
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
+        mine = names[shard::num_shards]
+        save_file({name: stored[name].contiguous() for name in mine}, directory / file)
+        weight_map |= dict.fromkeys(mine, file)
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _further_layer(config: PreTrainedConfig) -> str:
+    return f"model.layers.{config.num_hidden_layers}.enorm.weight"
+
+
+def _stored(config: PreTrainedConfig, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    is_v4 = config.model_type == "deepseek_v4"
+    if is_v4 and ".experts." in name:
+        codes, scales = quantized_fp4(tensor)
+        return {name: codes, name.replace(".weight", ".scale"): scales}
+    if (FP8_NAMES if is_v4 else FP8_NAMES_V3).search(name):
+        weight, scales = quantized_fp8(tensor, is_v4)
+        return {name: weight, name.replace(".weight", ".scale") if is_v4 else f"{name}_scale_inv": scales}
+    if FLOAT32_NAMES.search(name) or not tensor.is_floating_point():
+        return {name: tensor}
+    return {name: tensor.bfloat16()}
+
+
+def quantized_fp8(weight: torch.Tensor, powers_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3fn and scales for blocks of 128 × 128, block by block."""
+    rows, columns = (-(-length // 128) for length in weight.shape)
+    scales, out = torch.empty(rows, columns), torch.empty_like(weight)
+    for row in range(rows):
+        for column in range(columns):
+            at = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+            scale = weight[at].abs().max() / 448
+            scales[row, column] = 2.0 ** torch.ceil(torch.log2(scale)) if powers_of_two else scale
+            out[at] = weight[at] / scales[row, column]
+    return out.to(torch.float8_e4m3fn), scales.to(torch.float8_e8m0fnu) if powers_of_two else scales
+
+
+def quantized_fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed e2m1, two to a byte, and powers of two for each 32 along a row."""
+    numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    groups = weight.reshape(len(weight), -1, 32)
+    scales = 2.0 ** torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True) / 6))
+    magnitude = (groups / scales).abs().unsqueeze(-1).sub(numbers).abs().argmin(-1)
+    codes = (magnitude + 8 * (groups < 0)).reshape(weight.shape)
+    packed = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8).view(torch.int8)
+    return packed, scales.squeeze(-1).to(torch.float8_e8m0fnu)
+
+
+def _load_rounded(
+    config: PreTrainedConfig, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]
+) -> None:
+    """Give the oracle the numbers that the checkpoint has, worked out one by one."""
+    numbers = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+    def number_of(name: str) -> torch.Tensor:
+        tensor = stored[name]
+        scales = stored.get(f"{name.removesuffix('.weight')}.scale", stored.get(f"{name}_scale_inv"))
+        if scales is None:
+            return tensor.float() if tensor.is_floating_point() else tensor
+        if tensor.dtype == torch.int8:
+            rows = [
+                [numbers[half] for byte in row for half in (byte % 256 % 16, byte % 256 // 16)]
+                for row in tensor.tolist()
+            ]
+            wide = torch.tensor(rows)
+            return torch.stack([wide[:, i] * scales.float()[:, i // 32] for i in range(wide.shape[1])], 1)
+        out = tensor.float()
+        for row in range(out.shape[0]):
+            for column in range(0, out.shape[1], 128):
+                out[row, column : column + 128] *= scales.float()[row // 128, column // 128]
+        return out
+
+    is_v4 = config.model_type == "deepseek_v4"
+    gate, down, up = ("w1", "w2", "w3") if is_v4 else ("gate_proj", "down_proj", "up_proj")
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in state.items():
+            [ours, *_] = published(config, {name: tensor}) or [None]
+            at, _, last = name.rpartition(".")
+            if ours is None:
+                continue
+            if last in ("gate_up_proj", "down_proj") and tensor.ndim == 3:
+                at = ours.rsplit(".", 3)[0]
+                for expert in range(len(tensor)):
+                    parts = (gate, up) if last == "gate_up_proj" else (down,)
+                    tensor[expert].copy_(
+                        torch.cat([number_of(f"{at}.{expert}.{part}.weight") for part in parts])
+                    )
+            else:
+                tensor.copy_(number_of(ours))

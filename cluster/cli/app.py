@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from cluster.cli import ask, bench, cache, demo, lifecycle, models, profiles
+from cluster.cli import ask, bench, cache, demo, lifecycle, models, plans, profiles
 from cluster.cli.console import err, fail
 from cluster.errors import ClusterError, LaunchError
 from cluster.model_store import ModelStoreError
@@ -32,6 +32,7 @@ ask.add_to(app)
 app.add_typer(models.app, name="model")
 app.add_typer(profiles.app, name="profile")
 app.add_typer(cache.app, name="cache")
+app.add_typer(plans.app, name="plan")
 bench.add_to(app)
 demo.add_to(app)
 

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from engine.models.config import ModelConfig
-from engine.weights import INDEX_FILE, WEIGHTS_FILE, WeightsError, expected_shapes, open_weights
+from engine.models.shapes import expected_shapes
+from engine.weights import INDEX_FILE, WEIGHTS_FILE, WeightsError, open_weights
 
 pytestmark = pytest.mark.integration
 

@@ -99,7 +99,7 @@ class MlaConfig:
             rope_dim=_even(keys, "qk_rope_head_dim"),
             value_dim=keys.positive_int("v_head_dim"),
             num_dense_layers=min(_count(keys, "first_k_dense_replace", 3), num_layers),
-            moe=_moe(keys, scoring="sigmoid", has_groups=True),
+            moe=_moe(keys, scoring="sigmoid", has_groups=True, scaling=2.5),
             indexer=_indexer(keys) if is_sparse else None,
             rms_norm_eps=keys.positive_number("rms_norm_eps"),
             max_position_embeddings=max_positions,
@@ -166,7 +166,7 @@ class V4Config:
             hc_mult=keys.positive_int("hc_mult"),
             hc_iterations=keys.positive_int("hc_sinkhorn_iters"),
             hc_eps=keys.positive_number("hc_eps"),
-            moe=_moe(keys, scoring="sqrtsoftplus", has_groups=False),
+            moe=_moe(keys, scoring="sqrtsoftplus", has_groups=False, scaling=1.5),
             num_hash_layers=_num_hash_layers(keys, num_layers),
             rms_norm_eps=keys.positive_number("rms_norm_eps"),
             max_position_embeddings=max_positions,
@@ -241,7 +241,7 @@ def _indexer(keys: ConfigKeys) -> IndexerConfig:
     )
 
 
-def _moe(keys: ConfigKeys, *, scoring: str, has_groups: bool) -> MoeConfig:
+def _moe(keys: ConfigKeys, *, scoring: str, has_groups: bool, scaling: float) -> MoeConfig:
     width = keys.positive_int("moe_intermediate_size")
     config = MoeConfig(
         num_experts=keys.positive_int("n_routed_experts"),
@@ -250,7 +250,7 @@ def _moe(keys: ConfigKeys, *, scoring: str, has_groups: bool) -> MoeConfig:
         shared_width=width * keys.positive_int("n_shared_experts", 1),
         scoring=scoring,
         normalized=keys.flag("norm_topk_prob", True),
-        scaling=keys.positive_number("routed_scaling_factor", 1.0),
+        scaling=keys.positive_number("routed_scaling_factor", scaling),
         num_groups=keys.positive_int("n_group", 1) if has_groups else 1,
         top_groups=keys.positive_int("topk_group", 1) if has_groups else 1,
         limit=keys.positive_number("swiglu_limit", 1e9) if not has_groups else float("inf"),

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 
 from engine.models.deepseek.config import CSA_RATIO, NO_RATIO, MlaConfig, MoeConfig, V4Config
 
+_SCALED_BITS = {"fp8": 8 + 8 / 128**2, "fp4": 4 + 8 / 32}
+_FLOAT32 = ("hc_", ".ape", ".attn_sink", "gate.bias", "e_score_correction_bias", "k_norm")
+_NOT_QUANTIZED = ("embed", "head", "compressor", "weights_proj", ".gate.weight")
+
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
@@ -18,6 +22,18 @@ def is_left_out(config: MlaConfig | V4Config, name: str) -> bool:
     if isinstance(config, V4Config):
         return name.startswith("mtp.")
     return name.startswith(f"model.layers.{config.num_layers}.")
+
+
+def stored_bits(config: MlaConfig | V4Config, name: str, shape: tuple[int, ...]) -> float:
+    """Bits of each number of a tensor as it is published, its part of the scales included."""
+    if name.endswith(".tid2eid"):
+        return 64
+    if any(part in name for part in _FLOAT32):
+        return 32
+    if len(shape) < 2 or any(part in name for part in _NOT_QUANTIZED):
+        return 16
+    is_fp4 = isinstance(config, V4Config) and ".experts." in name
+    return _SCALED_BITS["fp4" if is_fp4 else "fp8"]
 
 
 def v4_shapes(config: V4Config) -> Shapes:
