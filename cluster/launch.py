@@ -33,8 +33,8 @@ from cluster.state import (
     write_state,
 )
 from cluster.wiring import Wiring
-from engine.models.config import ModelConfig
 from engine.models.config_keys import ModelConfigError
+from engine.models.families import open_config
 
 START_TIMEOUT_S = 300.0
 
@@ -118,13 +118,13 @@ def find_model(loaded: LoadedProfile, home: Path | None = None) -> FoundModel:
     try:
         directory = resolve(reference, home)
         manifest = read_manifest(directory)
-        config = ModelConfig.open(directory)
+        config = open_config(directory)
     except (ModelStoreError, ModelConfigError) as error:
         raise ProfileError([loaded.problem(("model", "path"), str(error))]) from error
     facts = ModelFacts(
         weights_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
         max_context=manifest.max_context,
-        kv_values_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim,
+        config=config,
     )
     return FoundModel(reference, manifest.name, facts)
 

@@ -9,11 +9,12 @@ from cluster.placement import Placed
 from cluster.problems import KeyPath, Problem
 from cluster.profile import Answering, LoadedProfile, Model, Workers
 from cluster.units import format_size
+from engine.cache_size import least_bytes
+from engine.models.families import AnyConfig
+from engine.models.layouts import cache_layout
 
 DEFAULT_MAX_CONTEXT = 8192
-BLOCK_TOKENS = 64
-"""Of a KV block: the engine's, and the cluster-wide key block (design §4)."""
-_BYTES_OF = {"float32": 4, "bfloat16": 2}
+_MAX_SEQUENCES, _MAX_DRAFTS = 64, 8  # as profiles have them where they say nothing
 _KV_STEP_BYTES = 64 << 20
 _KV_MOST_BYTES = 2 << 30
 _SET_ASIDE_MOST_BYTES = 256 << 20
@@ -25,12 +26,18 @@ class ModelFacts:
 
     Attributes:
         max_context: tokens that it was made for.
-        kv_values_per_token: numbers in the KV cache for each token, over all layers and heads.
+        config: what its cache is made of.
     """
 
     weights_bytes: int = 0
     max_context: int = 0
-    kv_values_per_token: int = 0
+    config: AnyConfig | None = None
+
+    def least_kv_bytes(self, kv_dtype: str, max_context: int) -> int:
+        """What a worker's cache must have for one context."""
+        if self.config is None:
+            return 0
+        return least_bytes(cache_layout(self.config, kv_dtype), max_context, _MAX_SEQUENCES, _MAX_DRAFTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +63,7 @@ def settle_numbers(wanted: Model, model: ModelFacts, *, on_gpu: bool) -> Numbers
     if kv_dtype == "auto":
         kv_dtype = "float32" if precision == "float32" else "bfloat16"
     max_context = wanted.max_context or min(DEFAULT_MAX_CONTEXT, model.max_context or DEFAULT_MAX_CONTEXT)
-    num_blocks = -(-max_context // BLOCK_TOKENS) + 1  # the engine pads with one
-    least_kv_bytes = num_blocks * BLOCK_TOKENS * model.kv_values_per_token * _BYTES_OF[kv_dtype]
-    return Numbers(precision, kv_dtype, max_context, least_kv_bytes)
+    return Numbers(precision, kv_dtype, max_context, model.least_kv_bytes(kv_dtype, max_context))
 
 
 def settle_kv_bytes(

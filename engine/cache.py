@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from engine.cache_size import paged_block_bytes
 from engine.copy_lane import CopyLane
 from engine.storage import DTYPES, plane_dtype, plane_width
 from engine.window_cache import WindowCache
@@ -219,15 +220,6 @@ class PagedCache:
         size = self._entries[name]
         slots = np.asarray(blocks, dtype=np.int64)[:, None] * size + np.arange(size)
         return torch.from_numpy(slots.reshape(-1)).to(self.planes[name].device)
-
-
-def paged_block_bytes(layout: CacheLayout) -> int:
-    """Bytes of one block in all paged planes of a layout."""
-    return sum(
-        plane.layers * layout.entry_bytes(plane) * (layout.block_tokens // plane.kind.tokens_per_entry)
-        for plane in layout.planes
-        if isinstance(plane.kind, Paged)
-    )
 
 
 def gather_box(stored: torch.Tensor, piece: Piece, runs: Sequence[Run], dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from engine.engine import Engine
 from engine.kernels.decoder import run_head
 from engine.models.config import ModelConfig
+from engine.models.families import open_config
 from engine.models.packed import runs_packed
 from engine.runner import EngineOptions
 
@@ -24,8 +25,10 @@ def compile_kernels(model_dir: Path) -> bool:
 
     Raises what `Engine.open` raises.
     """
-    config = ModelConfig.open(model_dir)
-    if are_compiled() or not runs_packed(config, "float32", "float32", torch.device("cpu")):
+    config = open_config(model_dir)
+    if are_compiled() or not isinstance(config, ModelConfig):
+        return False
+    if not runs_packed(config, "float32", "float32", torch.device("cpu")):
         return False
     context = min(_CONTEXT_TOKENS, config.max_context)
     Engine.open(model_dir, EngineOptions(precision="float32", max_context=context, kv_bytes=_KV_BYTES))

@@ -18,13 +18,6 @@ STORED_FP8, STORED_FP4 = "F8_E4M3", "I8"
 STORED_SCALES = ("F8_E8M0", "F32")
 
 
-def scale_name(name: str) -> str | None:
-    """The tensor with the scales of `name`, in the names of V4 and in those of V3; None for what has none."""
-    if name.startswith("model."):
-        return f"{name}_scale_inv"
-    return f"{name.removesuffix('.weight')}.scale" if name.endswith(".weight") else None
-
-
 def stored_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
     """How a matrix of that shape lies in a file."""
     return (*shape[:-1], shape[-1] // 2) if dtype == STORED_FP4 else shape

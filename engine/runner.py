@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from engine.batch import TILE_TOKENS, BatchBuilder, StepBatch
-from engine.cache import PagedCache, paged_block_bytes
+from engine.cache import PagedCache
+from engine.cache_size import (
+    RECORDS_SHARE,
+    context_blocks,
+    least_bytes,
+    paged_block_bytes,
+    record_bytes,
+    slot_bytes,
+)
 from engine.copy_lane import CardStreams, CopyLane
 from engine.graphs import AnswerSizes, DecodeGraphs, record_on_card
 from engine.models.decoders import Decoder, DecoderOptions, open_decoder
@@ -26,13 +34,12 @@ from engine.pool import BlockPool
 from engine.record_policy import RecordPolicy
 from engine.scheduler import StepPlan
 from engine.weights import open_weights
-from engine.window_cache import WindowCache, record_bytes, slot_bytes
+from engine.window_cache import WindowCache
 from engine.windows import WindowPool
 
 PROBE_TOKENS = TILE_TOKENS + 24  # of the longest step that is computed at start (engine/probe.py)
 PRECISIONS = ("float32", "bfloat16", "int8", "fp8")
 FP8_CAPABILITY = (8, 9)
-_RECORDS_SHARE = 4  # one part in so many of what is left beside window slots
 
 
 class EngineError(Exception):
@@ -101,7 +108,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         sizes = None
         if self.device.type == "cuda" and isinstance(self._model, DenseDecoder):
-            sizes = AnswerSizes.up_to(options.max_sequences, self._context_blocks)
+            sizes = AnswerSizes.up_to(options.max_sequences, context_blocks(self.layout, self.max_context))
             self._graphs = DecodeGraphs(self._decode, record_on_card)
         self._builder = BatchBuilder(
             self.pool.blocks,
@@ -113,22 +120,17 @@ class ModelRunner:
             padded_size=sizes.fit if sizes else None,
         )
 
-    @property
-    def _context_blocks(self) -> int:
-        """Blocks of one context, with the one that answers grow into."""
-        return -(-self.max_context // self.layout.block_tokens) + 1
-
     def _make_memory(self, options: EngineOptions) -> tuple[BlockPool, PagedCache]:
         layout, block_tokens = self.layout, self.layout.block_tokens
-        block_bytes, needed = paged_block_bytes(layout), self._context_blocks
+        block_bytes, needed = paged_block_bytes(layout), context_blocks(layout, self.max_context)
         windows_bytes = options.max_sequences * slot_bytes(layout, options.max_drafts)
         left_bytes = options.kv_bytes - windows_bytes
         num_records = 0
         if windows_bytes:
-            num_records = max(left_bytes, 0) // _RECORDS_SHARE // record_bytes(layout)
+            num_records = max(left_bytes, 0) // RECORDS_SHARE // record_bytes(layout)
         num_blocks = max(left_bytes - num_records * record_bytes(layout), 0) // block_bytes
         if num_blocks < needed:
-            least = windows_bytes + needed * block_bytes * (_RECORDS_SHARE if windows_bytes else 1)
+            least = least_bytes(layout, self.max_context, options.max_sequences, options.max_drafts)
             raise EngineError(
                 f"kv_memory of {options.kv_bytes} bytes holds {num_blocks * block_tokens} tokens, less than one "
                 f"context of {self.max_context}: give at least {least} bytes or lower max_context"

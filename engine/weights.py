@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.models.config import ModelConfig
-from engine.models.deepseek.tensors import is_left_out
+from engine.models.deepseek.tensors import is_left_out, scale_name
 from engine.models.families import AnyConfig
 from engine.models.shapes import EMBEDDING, OUTPUT, expected_shapes
 from engine.quantized import (
@@ -24,7 +24,6 @@ from engine.quantized import (
     STORED_FP8,
     STORED_SCALES,
     dequantized,
-    scale_name,
     scales_shape,
     stored_shape,
 )

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from engine.batch import Span
+from engine.cache_size import far_boundary, ring_rows, slot_bytes, window_planes
 from engine.storage import plane_dtype, plane_width
 from engine.window_step import WindowStep, window_step
 from engine.windows import WindowPlace
-from kvtransfer.layouts import CacheLayout, Plane, Window
+from kvtransfer.layouts import CacheLayout, Plane
 
 
 class WindowCache:
@@ -27,7 +28,7 @@ class WindowCache:
         self._planes = window_planes(layout)
         self._device = device
         self.slot_bytes = slot_bytes(layout, spare_rows)
-        self._boundary = _far_boundary(layout)
+        self._boundary = far_boundary(layout)
         self._rings = {plane.name: ring_rows(plane, spare_rows) for plane in self._planes}
         self._live = {plane.name: len(plane.live(self._boundary)) for plane in self._planes}
         self.slots = {
@@ -91,35 +92,3 @@ class WindowCache:
     def _room(self, plane: Plane, num_rows: int) -> torch.Tensor:
         shape = (plane.layers, plane.heads, num_rows, plane_width(plane))
         return torch.zeros(shape, dtype=plane_dtype(plane), device=self._device)
-
-
-def window_planes(layout: CacheLayout) -> tuple[Plane, ...]:
-    """Those planes of a layout that are windows."""
-    return tuple(plane for plane in layout.planes if isinstance(plane.kind, Window))
-
-
-def ring_rows(plane: Plane, spare_rows: int) -> int:
-    """Rows of a slot."""
-    assert isinstance(plane.kind, Window)
-    return plane.kind.rows + spare_rows
-
-
-def slot_bytes(layout: CacheLayout, spare_rows: int) -> int:
-    """Bytes of one slot of every window plane."""
-    return sum(
-        plane.layers * ring_rows(plane, spare_rows) * plane.record_bytes for plane in window_planes(layout)
-    )
-
-
-def record_bytes(layout: CacheLayout) -> int:
-    """Bytes of one record."""
-    boundary = _far_boundary(layout)
-    return sum(
-        plane.layers * len(plane.live(boundary)) * plane.record_bytes for plane in window_planes(layout)
-    )
-
-
-def _far_boundary(layout: CacheLayout) -> int:
-    """A boundary between blocks that is farther than any window is long."""
-    longest = max((plane.kind.rows for plane in layout.planes if isinstance(plane.kind, Window)), default=0)
-    return -(-longest // layout.block_tokens) * layout.block_tokens * 2

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cluster.cli.console import err, out
 from cluster.model_store import ModelNotFoundError, list_models, prepare, resolve, store_root
+from cluster.model_store.random_model import random_names
 
 COMPILE_TIMEOUT_S = 600.0
 
@@ -25,7 +26,8 @@ def prepare_model(
     source: Annotated[
         str,
         typer.Argument(
-            help="A GGUF file, a Hugging Face style directory, or an installed package with a GGUF."
+            help="A GGUF file, a Hugging Face style directory, an installed package with a GGUF, or a model with "
+            f"random weights: {', '.join(random_names())}."
         ),
     ],
     name: Annotated[str, typer.Option(help="What to call it. Default: made from the source.")] = "",

@@ -15,6 +15,8 @@ from cluster.plan import ClusterPlan, plan
 from cluster.problems import ProfileError
 from cluster.profile import LoadedProfile, json_schema
 from cluster.profiles import find_profile
+from engine.models.published_models import published_config, published_names
+from engine.models.shapes import published_bytes
 
 app = typer.Typer(help="Check, show and describe profiles.", no_args_is_help=True)
 
@@ -32,7 +34,9 @@ def check(
 ) -> None:
     """Report everything that is wrong with a profile, each with its place in the file."""
     loaded = find_profile(profile)
-    if not anywhere:
+    if anywhere:
+        _facts(loaded)
+    else:
         plan_here(loaded)
     out.print(f"{loaded.file}: good", markup=False, soft_wrap=True)
 
@@ -55,13 +59,29 @@ def plan_here(loaded: LoadedProfile) -> ClusterPlan:
 
     Raises ProfileError.
     """
-    try:
-        facts = find_model(loaded).facts
-    except ProfileError as error:
-        facts = ModelFacts()
-        for problem in error.problems:
-            note(str(problem))
+    facts = _facts(loaded)
     planned = plan(loaded, [this_machine()], facts)
     for notice in planned.notices:
         note(str(notice))
     return planned
+
+
+def _facts(loaded: LoadedProfile) -> ModelFacts:
+    """Of the model, at hand or not; notes what stands in the way of serving it."""
+    name = loaded.profile.model.path
+    try:
+        return find_model(loaded).facts
+    except ProfileError as error:
+        if name not in published_names():
+            for problem in error.problems:
+                note(str(problem))
+            return ModelFacts()
+    config = published_config(name)
+    weights_bytes = published_bytes(config)
+    note(
+        f"{name} can be planned for, not served: its weights, {weights_bytes / 1e9:.0f} GB as published, need parallel "
+        f"workers (one model over several GPUs), which are not built yet; `headrace plan kv --model {name}` shows its "
+        "cache"
+    )
+    # A worker's part of the weights is not known while there are no parallel workers.
+    return ModelFacts(max_context=config.max_context, config=config)

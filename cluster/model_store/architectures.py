@@ -8,10 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.model_store.errors import DamagedSourceError, UnsupportedArchitectureError
-from cluster.model_store.tensors import SourceTensor
+from cluster.model_store.errors import (
+    DamagedSourceError,
+    UnsupportedArchitectureError,
+    UnsupportedTensorError,
+)
+from cluster.model_store.tensors import FLOAT_DTYPES, SourceTensor
+from engine.models.config_keys import ConfigKeys, ModelConfigError
+from engine.models.deepseek.tensors import scale_name
+from engine.models.families import AnyConfig, config_of
+from engine.models.shapes import expected_shapes as served_shapes
 
-SUPPORTED = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SUPPORTED = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "deepseek_v4": "DeepseekV4ForCausalLM",
+}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -23,7 +38,7 @@ def check_architecture(config: Mapping[str, Any], origin: Path) -> None:
             f"{origin}: architecture {' '.join(classes) or model_type!r} is not supported; supported are"
             f" {', '.join(SUPPORTED.values())}"
         )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not is_deepseek(config):
         method = config["quantization_config"].get("quant_method", "of an unnamed kind")
         raise UnsupportedArchitectureError(
             f"{origin}: the weights are quantized ({method}); supported are float32, float16 and bfloat16"
@@ -31,8 +46,41 @@ def check_architecture(config: Mapping[str, Any], origin: Path) -> None:
         )
 
 
+def is_deepseek(config: Mapping[str, Any]) -> bool:
+    """Whether the engine's own account of a model's config and tensors is used."""
+    return str(config.get("model_type")).startswith("deepseek_")
+
+
+def deepseek_config(config: Mapping[str, Any], origin: Path) -> AnyConfig:
+    """Raises UnsupportedArchitectureError, in the engine's words, for a config that it does not serve."""
+    try:
+        return config_of(ConfigKeys(config, str(origin)))
+    except ModelConfigError as error:
+        raise UnsupportedArchitectureError(str(error)) from error
+
+
+def _check_deepseek(tensors: list[SourceTensor], config: AnyConfig, origin: Path) -> None:
+    """Names; shapes and formats are checked where weights are opened, which knows how they are stored."""
+    expected, found = served_shapes(config), {tensor.name for tensor in tensors}
+    if missing := sorted(expected.keys() - found):
+        raise DamagedSourceError(f"{origin}: {_counted(missing, 'missing')}")
+    scales = {scale_name(name) for name in expected}
+    if surplus := sorted(found - expected.keys() - scales):
+        raise DamagedSourceError(
+            f"{origin}: {_counted(surplus, 'not part')} of a {config.architecture} with this configuration"
+        )
+
+
 def check_tensors(tensors: list[SourceTensor], config: Mapping[str, Any], origin: Path) -> None:
     """Raises DamagedSourceError unless `tensors` are those that `config` implies, in name and shape."""
+    if is_deepseek(config):
+        _check_deepseek(tensors, deepseek_config(config, origin), origin)
+        return
+    for tensor in tensors:
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise UnsupportedTensorError(
+                f"{tensor.origin}: tensor {tensor.name} is {tensor.dtype}; supported are {', '.join(FLOAT_DTYPES)}"
+            )
     if config["num_hidden_layers"] > len(tensors):
         raise DamagedSourceError(
             f"{origin}: the configuration says {config['num_hidden_layers']} layers, but there are only"

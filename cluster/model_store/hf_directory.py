@@ -9,12 +9,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cluster.model_store.architectures import check_architecture
+from cluster.model_store.architectures import check_architecture, deepseek_config, is_deepseek
 from cluster.model_store.errors import DamagedSourceError, SourceNotFoundError, UnsupportedTokenizerError
 from cluster.model_store.hf_config import complete_config
 from cluster.model_store.safetensors_file import read_safetensors
 from cluster.model_store.source import ModelSource, TokenizerSource
 from cluster.model_store.tensors import SourceTensor
+from engine.models.deepseek.config import MlaConfig, V4Config
+from engine.models.deepseek.tensors import is_left_out
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Buffers that old checkpoints carry and that follow from the configuration.
@@ -29,7 +31,7 @@ def open_directory(directory: Path) -> ModelSource:
     config_path = directory / "config.json"
     config = _read_json(config_path)
     check_architecture(config, config_path)
-    config = complete_config(config, config_path)
+    config = _deepseek(config, config_path) if is_deepseek(config) else complete_config(config, config_path)
     return ModelSource(
         description=f"directory {directory.name}",
         suggested_name=directory.resolve().name,
@@ -37,6 +39,12 @@ def open_directory(directory: Path) -> ModelSource:
         tensors=_tensors(directory, config),
         tokenizer=_tokenizer(directory, config),
     )
+
+
+def _deepseek(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """As it is, once the engine has read it."""
+    deepseek_config(config, path)
+    return {"tie_word_embeddings": False} | {key: value for key, value in config.items() if key != "auto_map"}
 
 
 def _tensors(directory: Path, config: dict[str, Any]) -> list[SourceTensor]:
@@ -51,6 +59,10 @@ def _tensors(directory: Path, config: dict[str, Any]) -> list[SourceTensor]:
                 tensors[tensor.name] = tensor
     if config["tie_word_embeddings"]:
         tensors.pop("lm_head.weight", None)  # a copy of the embedding that some exporters write
+    if is_deepseek(config):
+        served = deepseek_config(config, directory)
+        assert isinstance(served, MlaConfig | V4Config)
+        return [tensor for tensor in tensors.values() if not is_left_out(served, tensor.name)]
     return list(tensors.values())
 
 

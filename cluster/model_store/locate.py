@@ -1,4 +1,5 @@
-"""What SOURCE means: a GGUF file, a Hugging Face style directory, or an installed package with a GGUF."""
+"""What SOURCE means: a GGUF file, a Hugging Face style directory, an installed package with a GGUF, or a model with
+random weights."""
 
 from importlib import metadata
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 from cluster.model_store.errors import ModelSourceError, SourceNotFoundError
 from cluster.model_store.gguf_source import open_gguf_source
 from cluster.model_store.hf_directory import open_directory
+from cluster.model_store.random_model import random_names, random_source
 from cluster.model_store.source import ModelSource
 
 
@@ -16,11 +18,14 @@ def open_source(source: str) -> ModelSource:
         return open_directory(path)
     if path.is_file():
         return open_gguf_source(path)
+    if source in random_names():
+        return random_source(source)
     packaged = packaged_gguf(source)
     if packaged is None:
         raise SourceNotFoundError(
             f"{source}: neither a file, nor a directory, nor an installed Python package. Give a GGUF file, a"
-            " directory with config.json and safetensors, or a package that carries a GGUF file"
+            " directory with config.json and safetensors, a package that carries a GGUF file, or a model with"
+            f" random weights: {', '.join(random_names())}"
         )
     return open_gguf_source(packaged)
 

@@ -13,14 +13,26 @@ import numpy as np
 
 from cluster.model_store.errors import DamagedSourceError
 
-ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES: Mapping[str, int] = {
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+}
+FLOAT_DTYPES = ("F32", "F16", "BF16")
 CHUNK_BYTES = 8 << 20
 
-# The bits that are all set in an infinity or a NaN, for each dtype that is stored.
+# The bits that are all set in an infinity or a NaN, for each dtype that has them.
 _EXPONENT: Mapping[str, np.unsignedinteger[Any]] = {
     "F32": np.uint32(0x7F800000),
     "F16": np.uint16(0x7C00),
     "BF16": np.uint16(0x7F80),
+    "F8_E4M3": np.uint8(0x7F),
+    "F8_E8M0": np.uint8(0xFF),
 }
 
 
@@ -28,7 +40,7 @@ _EXPONENT: Mapping[str, np.unsignedinteger[Any]] = {
 class SourceTensor:
     """One tensor under its Hugging Face name.
 
-    `dtype` is a safetensors name ("F32", "F16", "BF16"); `chunks()` yields its little-endian row-major bytes
+    `dtype` is a safetensors name (one of ITEM_BYTES); `chunks()` yields its little-endian row-major bytes
     in order, about CHUNK_BYTES at a time, and raises ModelSourceError where the source is damaged.
     `origin` is the file that it comes from, for messages.
     """
@@ -48,10 +60,9 @@ class SourceTensor:
 
         Raises DamagedSourceError, also when the chunks' lengths do not add up to `num_bytes`.
         """
-        mask, total_bytes = _EXPONENT[self.dtype], 0
+        mask, total_bytes = _EXPONENT.get(self.dtype), 0
         for chunk in self.chunks():
-            bits = chunk.view(mask.dtype)
-            if ((bits & mask) == mask).any():
+            if mask is not None and ((chunk.view(mask.dtype) & mask) == mask).any():
                 raise DamagedSourceError(
                     f"{self.origin}: tensor {self.name} holds NaN or infinity: the file is damaged"
                 )

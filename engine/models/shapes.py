@@ -17,9 +17,8 @@ OUTPUT = "lm_head.weight"
 def published_bytes(config: AnyConfig) -> int:
     """Of all weights, in the formats that the model is published in: DeepSeek's experts and projections in few bits,
     with their scales, the rest and dense models in bfloat16."""
-    is_dense = isinstance(config, ModelConfig)
     bits = (
-        math.prod(shape) * (16 if is_dense else stored_bits(config, name, shape))
+        math.prod(shape) * (16 if isinstance(config, ModelConfig) else stored_bits(config, name, shape))
         for name, shape in expected_shapes(config).items()
     )
     return math.ceil(sum(bits) / 8)

@@ -15,6 +15,7 @@ from cluster.problems import Place, Problem, ProfileError
 from cluster.profile import parse_profile
 from cluster.profiles import find_profile
 from cluster.wiring import Wiring
+from engine.models.config import ModelConfig
 from worker.config import WorkerRole
 
 pytestmark = pytest.mark.unit
@@ -113,7 +114,23 @@ def test_more_memory_than_the_machine_has_names_the_place() -> None:
     assert problem.message == "2 workers on vm want 44.2GiB of KV blocks and weights, it has 24.0GiB"
 
 
-SMOLLM2 = ModelFacts(weights_bytes=538 << 20, max_context=8192, kv_values_per_token=2 * 30 * 3 * 64)
+SMOLLM2 = ModelFacts(
+    weights_bytes=538 << 20,
+    max_context=8192,
+    config=ModelConfig.parse(
+        {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+        }
+    ),
+)
 
 
 def test_less_memory_than_one_context_takes_says_how_much_is_needed() -> None:

@@ -24,6 +24,13 @@ def is_left_out(config: MlaConfig | V4Config, name: str) -> bool:
     return name.startswith(f"model.layers.{config.num_layers}.")
 
 
+def scale_name(name: str) -> str | None:
+    """The tensor with the scales of `name`, in the names of V4 and in those of V3; None for what has none."""
+    if name.startswith("model."):
+        return f"{name}_scale_inv"
+    return f"{name.removesuffix('.weight')}.scale" if name.endswith(".weight") else None
+
+
 def stored_bits(config: MlaConfig | V4Config, name: str, shape: tuple[int, ...]) -> float:
     """Bits of each number of a tensor as it is published, its part of the scales included."""
     if name.endswith(".tid2eid"):
