@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.models.deepseek.config import MlaConfig, V4Config
 from engine.models.deepseek.layouts import TAILS
 from engine.models.families import AnyConfig
 from engine.models.layouts import cache_layout
@@ -94,12 +93,6 @@ def plan_kv(
         num_fit=memory_bytes // request_bytes if request_bytes else 0,
         weights_bytes=published_bytes(config),
     )
-
-
-def kv_dtypes(config: AnyConfig) -> tuple[str, ...]:
-    """What a model's cache may be kept in."""
-    dense = ("bfloat16", "float32")
-    return (*dense, "fp8") if isinstance(config, MlaConfig | V4Config) else dense
 
 
 def _plane(layout: CacheLayout, plane: Plane, context_tokens: int) -> PlanePlan:

@@ -23,6 +23,7 @@ from cluster.placement import Node, Placed, place
 from cluster.problems import KeyPath, Problem, ProfileError, one_of
 from cluster.profile import Answering, LoadedProfile, is_loopback, split_address
 from cluster.units import format_size
+from engine.models.layouts import kv_dtypes
 from worker.config import WorkerRole
 
 MALLOC_ENVIRONMENT = {
@@ -171,6 +172,10 @@ def _model_problems(loaded: LoadedProfile, model: ModelFacts) -> Iterator[Proble
     if wanted.max_context and model.max_context and wanted.max_context > model.max_context:
         message = f"{wanted.max_context} tokens are more than the model was made for"
         yield loaded.problem(("model", "max_context"), message, expected=f"at most {model.max_context}")
+    known = kv_dtypes(model.config) if model.config is not None else (wanted.kv_dtype,)
+    if wanted.kv_dtype not in ("auto", *known):
+        message = f"this model's cache is not kept in {wanted.kv_dtype}"
+        yield loaded.problem(("model", "kv_dtype"), message, expected=f"one of auto, {', '.join(known)}")
 
 
 def _divisions(placed: Sequence[Placed], nodes: Sequence[Node]) -> dict[str, CoreDivision]:

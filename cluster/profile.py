@@ -108,7 +108,7 @@ class Model(Section):
     """A prepared model: a name in the store, or a directory (relative to the profile's file)."""
     precision: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
     """Of the linear layers. auto: float32 on CPUs, bfloat16 on GPUs."""
-    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     """Of the KV cache. auto: bfloat16 with bfloat16 or int8 weights, else float32."""
     max_context: Annotated[int, Field(ge=64, le=1 << 20)] | None = None
     """Tokens of prompt and answer together. Left out: what the model was made for, at most 8192."""

@@ -20,7 +20,8 @@ import torch
 
 from engine.cache_size import paged_block_bytes
 from engine.copy_lane import CopyLane
-from engine.storage import DTYPES, plane_dtype, plane_width
+from engine.entry_format import format_of
+from engine.storage import DTYPES, is_record, plane_dtype, plane_width
 from engine.window_cache import WindowCache
 from engine.windows import WindowPlace
 from kvtransfer.layouts import CacheLayout, Paged, Piece, Plane, convertible
@@ -39,9 +40,10 @@ class PagedCache:
     """Tensors of every plane of `layout`, zeroed, for `num_blocks` blocks and the padding block.
 
     `planes[name]`, of a paged plane, has shape [layers, heads, (num_blocks + 1) · entries of a block, width].
-    `blocks_of(owner)`: its blocks by position; KeyError for an unknown owner. The layout's block size may be any
-    multiple of its planes' tokens per entry. `lane`: how pieces are copied where the planes are not in host memory.
-    `windows`: of a layout that has window planes, and `window_place(owner)`: where an owner's are.
+    `formats[name]`: how an entry of a plane is written down. `blocks_of(owner)`: its blocks by position; KeyError for
+    an unknown owner. The layout's block size may be any multiple of its planes' tokens per entry. `lane`: how pieces
+    are copied where the planes are not in host memory. `windows`: of a layout that has window planes, and
+    `window_place(owner)`: where an owner's are.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class PagedCache:
             for plane in layout.planes
             if plane.name in self._entries
         }
+        self.formats = {plane.name: format_of(plane) for plane in layout.planes}
         slots, records = self.windows.slots, self.windows.records
         stored = {(name, False): tensor for name, tensor in (self.planes | slots).items()}
         stored |= {(name, True): tensor for name, tensor in records.items()}
@@ -173,10 +176,15 @@ class PagedCache:
 
     def _wire_dtype(self, piece: Piece, wire: Plane) -> torch.dtype:
         self.layout.check(piece)
-        here, there = self.layout.plane(piece.plane).dtypes[0], wire.dtypes[0]
-        if not convertible(here, there):
-            raise ValueError(f"plane {piece.plane!r} is {here} here, cannot be {there}")
-        return DTYPES[there]
+        plane = self.layout.plane(piece.plane)
+        if is_record(plane) and plane.dtypes == wire.dtypes:
+            return torch.uint8
+        here, there = set(plane.dtypes), set(wire.dtypes)
+        if is_record(plane) or len(there) > 1 or not convertible(*here, *there):
+            raise ValueError(
+                f"plane {piece.plane!r} is {', '.join(plane.dtypes)} here, cannot be {', '.join(wire.dtypes)}"
+            )
+        return DTYPES[there.pop()]
 
     def _place(self, owner: bytes, piece: Piece) -> tuple[Where, list[Run]]:
         """Which of the tensors a piece lies in, and where in it."""

@@ -28,7 +28,7 @@ from engine.graphs import AnswerSizes, DecodeGraphs, record_on_card
 from engine.models.decoders import Decoder, DecoderOptions, open_decoder
 from engine.models.dense import DenseDecoder
 from engine.models.families import AnyConfig, open_config
-from engine.models.layouts import cache_layout
+from engine.models.layouts import cache_layout, kv_dtypes
 from engine.models.packed import PackedDecoder
 from engine.pool import BlockPool
 from engine.record_policy import RecordPolicy
@@ -48,7 +48,8 @@ class EngineError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How to run a model. `precision`: float32 | bfloat16 | int8 | fp8 | auto; `kv_dtype`: float32 | bfloat16 | auto.
+    """How to run a model. `precision`: float32 | bfloat16 | int8 | fp8 | auto; `kv_dtype`: float32 | bfloat16 | auto,
+    and fp8 for DeepSeek's models.
 
     `max_context`, `chunk_tokens` in tokens; `kv_bytes` bounds the cache; `num_threads` of one product.
     `tenant_share`: the part of the cache, at least one context of it, within which no other tenant takes a
@@ -94,6 +95,9 @@ class ModelRunner:
         kv_dtype = options.kv_dtype
         if kv_dtype == "auto":
             kv_dtype = "float32" if self.precision == "float32" else "bfloat16"
+        if kv_dtype not in kv_dtypes(self.config):
+            known = ", ".join(kv_dtypes(self.config))
+            raise EngineError(f"kv_dtype {kv_dtype!r}: the cache of this model is kept as {known}, or auto")
         self.layout = cache_layout(self.config, kv_dtype)
         self.max_context = min(options.max_context, self.config.max_context)
         self.pool, self.cache = self._make_memory(options)

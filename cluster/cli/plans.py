@@ -10,11 +10,12 @@ import typer
 from rich.table import Table
 
 from cluster.cli.console import note, out, print_json
-from cluster.kv_plan import CODEC_RATIOS, KvPlan, kv_dtypes, plan_kv
+from cluster.kv_plan import CODEC_RATIOS, KvPlan, plan_kv
 from cluster.model_store import ModelNotFoundError, resolve
 from cluster.units import UnitError, parse_rate, parse_size, parse_tokens
 from engine.models.config_keys import ModelConfigError
 from engine.models.families import AnyConfig, open_config
+from engine.models.layouts import kv_dtypes
 from engine.models.published_models import published_config, published_names
 
 app = typer.Typer(help="Work out what a model takes, without running it.", no_args_is_help=True)

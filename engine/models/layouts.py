@@ -6,7 +6,7 @@ from typing import Literal
 
 from engine.models.config import ModelConfig
 from engine.models.deepseek.config import MlaConfig
-from engine.models.deepseek.layouts import mla_layout, v4_layout
+from engine.models.deepseek.layouts import FP8, mla_layout, v4_layout
 from engine.models.families import AnyConfig
 from kvtransfer.layouts import CacheLayout, Field, Paged, Plane
 
@@ -22,6 +22,13 @@ def cache_layout(config: AnyConfig, kv_dtype: str) -> CacheLayout:
     if isinstance(config, MlaConfig):
         return mla_layout(config, kv_dtype, BLOCK_TOKENS)
     return v4_layout(config, kv_dtype)
+
+
+def kv_dtypes(config: AnyConfig) -> tuple[str, ...]:
+    """What a model's cache may be kept in."""
+    if isinstance(config, ModelConfig):
+        return "bfloat16", "float32"
+    return "bfloat16", "float32", FP8
 
 
 def gqa_layout(

@@ -160,7 +160,7 @@ def _columns(raw: torch.Tensor, plane: Plane) -> list[torch.Tensor]:
         return [raw]
     records = raw.view(-1, plane.record_bytes)
     parts = torch.split(records, [field.num_bytes for field in plane.fields], dim=1)
-    return [part.reshape(-1) for part in parts]
+    return [part.contiguous().view(-1) for part in parts]
 
 
 def _box(plane: Plane, piece: Piece, index: int) -> FieldBox | None:

@@ -284,6 +284,18 @@ def test_fields_of_any_kind_share_a_plane(codec: Codec) -> None:
                 assert error(*as_numbers) < 0.25, field.name
 
 
+@pytest.mark.parametrize("codec", CODECS, ids=named)
+@pytest.mark.parametrize("num_entries", [1, 5])
+def test_fields_of_one_byte_go_through(codec: Codec, num_entries: int) -> None:
+    fields = Field("nope", 28, "float8_e4m3"), Field("rope", 4, "bfloat16"), Field("scale", 1, "float8_e8m0")
+    plane = Plane("latent", 2, Paged(4), 1, fields)
+    piece = Piece("latent", range(2), range(1), range(num_entries))
+    raw = torch.randint(0, 100, (plane.num_bytes(piece),), dtype=torch.uint8)
+    back = codec.decode(codec.encode(raw, plane, piece), plane, piece).view(-1, 37)
+    assert torch.equal(back[:, :28], raw.view(-1, 37)[:, :28])
+    assert torch.equal(back[:, 36:], raw.view(-1, 37)[:, 36:])
+
+
 def test_rows_of_a_window_are_not_taken_for_the_first_of_the_sequence() -> None:
     plane = Plane("w", 1, Window(64, 1), 1, (Field("kv", 64, "bfloat16"),), "channel")
     piece = Piece("w", range(1), range(1), range(64))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.attention import MASKED, exp_
+from engine.entry_format import EntryFormat
 from engine.layers import RMSNorm
 from engine.linear import Product
 from engine.models.deepseek.rotation import Angles
@@ -45,9 +46,10 @@ class Compressor:
         angles: Angles | None,
         tail: TailMemory,
         entries: torch.Tensor,
+        entry_format: EntryFormat,
     ) -> None:
         """Write the entries that x [T, hidden] completes into `entries` [slots, width], turned by their positions'
-        `angles`, and what is left into `tail`."""
+        `angles`, in their format, and what is left into `tail`."""
         rows = window.rows(tail.slots, self._project(x))
         window.keep(rows, tail.slots, tail.records)
         if completed is None:
@@ -55,7 +57,7 @@ class Compressor:
         assert angles is not None
         compressed = self._norm(self._sum(rows[completed.rows], completed.missing))
         turned = angles.turn_pairs(compressed.unsqueeze(1)).squeeze(1)
-        entries.index_copy_(0, completed.slots, turned.to(entries.dtype))
+        entries.index_copy_(0, completed.slots, entry_format.pack(turned))
 
     def _sum(self, tokens: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
         """tokens [E, tokens, 2 · channels] → [E, width]."""

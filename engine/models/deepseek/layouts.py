@@ -22,10 +22,7 @@ _LATENT_GROUP = 128
 
 def mla_layout(config: MlaConfig, dtype: str, block_tokens: int) -> CacheLayout:
     """One latent for each token, shared by all heads, with its rotated part; V3.2 has a key for the indexer, too."""
-    rope = Field("rope", config.rope_dim, "bfloat16" if dtype == FP8 else dtype)
-    latent = _scaled("latent", config.kv_lora_rank, _LATENT_GROUP) if dtype == FP8 else None
-    fields = (*(latent or (Field("latent", config.kv_lora_rank, dtype),)), rope)
-    planes = [Plane(LATENT, config.num_layers, Paged(1), 1, fields)]
+    planes = [Plane(LATENT, config.num_layers, Paged(1), 1, _latent(config, dtype))]
     if config.indexer is not None:
         width = config.indexer.head_dim
         key = _scaled("key", width, width) if dtype == FP8 else (Field("key", width, dtype),)
@@ -57,6 +54,13 @@ def v4_layout(config: V4Config, dtype: str) -> CacheLayout:
     return CacheLayout(tuple(planes), V4_BLOCK_TOKENS)
 
 
+def _latent(config: MlaConfig, dtype: str) -> tuple[Field, ...]:
+    if dtype != FP8:
+        return Field("latent", config.kv_lora_rank, dtype), Field("rope", config.rope_dim, dtype)
+    latent, scale = _scaled("latent", config.kv_lora_rank, _LATENT_GROUP)
+    return latent, Field("rope", config.rope_dim, "bfloat16"), scale
+
+
 def _entry(nope: int, rope: int, dtype: str) -> tuple[Field, ...]:
     if dtype != FP8:
         return Field("nope", nope, dtype), Field("rope", rope, dtype)
@@ -70,7 +74,7 @@ def _index_key(width: int, dtype: str) -> tuple[Field, ...]:
     return Field("key", width // 2, "uint8"), Field("scale", -(-width // _FP4_GROUP), "float8_e8m0")
 
 
-def _scaled(name: str, width: int, group: int) -> tuple[Field, ...]:
+def _scaled(name: str, width: int, group: int) -> tuple[Field, Field]:
     """In 8 bits, with a scale for so many numbers."""
     return Field(name, width, "float8_e4m3"), Field("scale", -(-width // group), "float32")
 

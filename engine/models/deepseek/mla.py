@@ -70,7 +70,7 @@ class TokenIndexer:
         """The keys of the step's tokens into the cache."""
         keys = step.angles.turn_halves(self._norm(self._key(x)).unsqueeze(1)).squeeze(1)
         plane = self._plane(cache)
-        plane.index_copy_(0, step.slots, keys.to(plane.dtype))
+        plane.index_copy_(0, step.slots, cache.formats[INDEX].pack(keys))
 
     def queries(
         self, x: torch.Tensor, q_low: torch.Tensor, step: MlaStep
@@ -88,7 +88,7 @@ class TokenIndexer:
         cache: PagedCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `slots` [G, K] those that are read, and where there are none."""
-        keys = self._plane(cache)[slots].float()
+        keys = cache.formats[INDEX].unpack(self._plane(cache)[slots])
         scores = index_scores(queries[0][rows], queries[1][rows], keys)
         entries, masked = best_entries(scores, step.table.visible[rows], self.config.top_k)
         return slots.gather(1, entries), masked
@@ -134,7 +134,7 @@ class MlaAttention:
         k = self._turned(k.unsqueeze(1), step).squeeze(1)
         plane = cache.planes[LATENT][self._layer, 0]
         entry = torch.cat((self._latent_norm(latent.contiguous()), k), dim=1)
-        plane.index_copy_(0, step.slots, entry.to(plane.dtype))
+        plane.index_copy_(0, step.slots, cache.formats[LATENT].pack(entry))
         out = _by_head(self._attend(x, q, q_low, plane, step, cache), self._from_latent)
         return self._o(out.flatten(1))
 
@@ -170,7 +170,8 @@ class MlaAttention:
                 and table.most_visible[rows].max() > indexer.config.top_k
             ):
                 slots, masked = indexer.select(queries, rows, slots, step, cache)
-            out[rows] = attend(q[rows], plane[slots].float(), masked, self._config.kv_lora_rank)
+            keys = cache.formats[LATENT].unpack(plane[slots])
+            out[rows] = attend(q[rows], keys, masked, self._config.kv_lora_rank)
         return out
 
 

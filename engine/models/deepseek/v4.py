@@ -109,7 +109,8 @@ class CompressedKeys:
         shared, windows = step.compressions[self._ratio], cache.windows
         memory = TailMemory(windows.slots[tail][self._index, 0], windows.records[tail][self._index, 0])
         plane = cache.planes[entries][self._index, 0]
-        compressor(x, shared.window, shared.completed, shared.angles, memory, plane)
+        entry_format = cache.formats[entries]
+        compressor(x, shared.window, shared.completed, shared.angles, memory, plane, entry_format)
 
     def reader(
         self, x: torch.Tensor, q_low: torch.Tensor, step: V4Step, cache: PagedCache
@@ -126,11 +127,11 @@ class CompressedKeys:
             visible = table.visible[rows]
             masked = torch.arange(slots.shape[1], device=slots.device) >= visible.unsqueeze(1)
             if queries is not None and table.most_visible[rows].max() > self._top_k:
-                keys = cache.planes[INDEX][self._index, 0][slots].float()
+                keys = cache.formats[INDEX].unpack(cache.planes[INDEX][self._index, 0][slots])
                 scores = index_scores(queries[0][rows], queries[1][rows], keys)
                 entries, masked = best_entries(scores, visible, self._top_k)
                 slots = slots.gather(1, entries)
-            return plane[slots].float(), masked
+            return cache.formats[_ENTRIES[self._ratio]].unpack(plane[slots]), masked
 
         return read
 
@@ -172,7 +173,7 @@ class V4Attention:
         q = angles.turn_pairs(q) * config.head_dim**-0.5
         kv = angles.turn_pairs(self._kv_norm(kv.contiguous()).unsqueeze(1)).squeeze(1)
         slots, records = (part[SWA][self._layer, 0] for part in (cache.windows.slots, cache.windows.records))
-        window = step.window.rows(slots, kv.to(slots.dtype))
+        window = step.window.rows(slots, cache.formats[SWA].pack(kv))
         step.window.keep(window, slots, records)
         if self._compressed is not None:
             self._compressed.complete(x, step, cache)
@@ -196,7 +197,8 @@ class V4Attention:
             numbers += self._compressed.numbers_per_row(step, width)
         out = torch.empty_like(q)
         for rows in row_groups(len(q), numbers):
-            keys, masked = window[step.keys.rows[rows]].float(), step.keys.masked[rows]
+            keys = cache.formats[SWA].unpack(window[step.keys.rows[rows]])
+            masked = step.keys.masked[rows]
             if read is not None:
                 entries, hidden = read(rows)
                 keys, masked = torch.cat((keys, entries), dim=1), torch.cat((masked, hidden), dim=1)
