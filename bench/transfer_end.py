@@ -14,17 +14,23 @@ import threading
 import time
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from bench import bare_grpc, tcp
 from engine.cache import PagedCache
-from engine.models.layouts import gqa_layout
+from engine.cache_size import window_planes
+from engine.models.layouts import cache_layout, gqa_layout
+from engine.models.published_models import published_config
 from engine.pool import BlockPool
+from engine.window_cache import WindowCache
+from engine.windows import WindowPool
 from headrace.v1 import kvtransfer_pb2 as pb
 from kvtransfer.cache_sink import CacheSink
 from kvtransfer.choice import FixedCodec
@@ -33,7 +39,7 @@ from kvtransfer.credit import DEFAULT_LANDING_BYTES, CreditBook
 from kvtransfer.desk import LeaseDesk
 from kvtransfer.frames import LeaseRef, max_frame_bytes
 from kvtransfer.landing import FrameLander
-from kvtransfer.layouts import DEFAULT_PIECE_BYTES, CacheLayout
+from kvtransfer.layouts import DEFAULT_PIECE_BYTES, CacheLayout, Piece, pieces_for, window_pieces_for
 from kvtransfer.lease_types import Grant, RequestId
 from kvtransfer.leases import LeaseTable
 from kvtransfer.transports.carriers import CARRIED_FRAME_BYTES
@@ -79,12 +85,29 @@ class End:
         planes = load_file(sample)
         keys = planes["k"]
         dtype = str(keys.dtype).removeprefix("torch.")
-        num_layers, num_heads, self.num_tokens, width = keys.shape
-        self.layout = gqa_layout(num_layers, num_heads, width, dtype, BLOCK_TOKENS)
-        num_blocks = -(-self.num_tokens // BLOCK_TOKENS) + 1
-        self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
-        self.cache = PagedCache(self.layout, num_blocks, torch.device("cpu"), self.pool.blocks)
-        return {"kv_bytes": self.layout.num_bytes(self.num_tokens)}
+        num_layers, num_heads, num_tokens, width = keys.shape
+        return self.make_cache(gqa_layout(num_layers, num_heads, width, dtype, BLOCK_TOKENS), num_tokens)
+
+    def make_cache(self, layout: CacheLayout, num_tokens: int) -> dict[str, Any]:
+        """A cache with room for one sequence, and one spare block."""
+        self.layout, self.num_tokens = layout, num_tokens
+        num_blocks, cpu = -(-num_tokens // layout.block_tokens) + 1, torch.device("cpu")
+        has_windows = bool(window_planes(layout))
+        self.pool = BlockPool(
+            num_blocks, layout.block_tokens, windows=WindowPool(1, 0) if has_windows else None
+        )
+        windows = WindowCache(layout, 1, 0, 0, cpu)
+        blocks_of, place_of = self.pool.blocks, self.pool.window_place
+        self.cache = PagedCache(layout, num_blocks, cpu, blocks_of, None, windows, place_of)
+        return {"kv_bytes": layout.num_bytes(num_tokens)}
+
+    def memory(self, forget_peak: bool = False) -> dict[str, int]:
+        """Bytes that are resident, and at most were since `forget_peak`."""
+        if forget_peak:
+            Path("/proc/self/clear_refs").write_text("5")
+        facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        resident, peak = (int(facts[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM"))
+        return {"resident": resident, "peak": peak}
 
     def slots(self, owner: bytes) -> torch.Tensor:
         """Where the sample's tokens lie in the planes."""
@@ -127,7 +150,22 @@ class ReceivingEnd(End):
 
     def serve(self, sample: str) -> dict[str, Any]:
         """Open the cache and the port."""
-        facts = self.open_cache(sample)
+        return self._serve(self.open_cache(sample))
+
+    def serve_model(self, model: str, kv_dtype: str, num_tokens: int) -> dict[str, Any]:
+        """The same for a published model's cache of so many tokens, whose memory is there already."""
+        facts = self.make_cache(cache_layout(published_config(model), kv_dtype), num_tokens)
+        touch(self.cache)
+        return self._serve(facts)
+
+    def sums(self, lease: str) -> dict[str, Any]:
+        """Of what landed, checksums piece by piece, in order; then the lease ends."""
+        found = piece_sums(self.cache, self.layout, bytes.fromhex(lease), self.num_tokens)
+        with self.desk.change() as table:
+            table.release(bytes.fromhex(lease))
+        return {"sums": found}
+
+    def _serve(self, facts: dict[str, Any]) -> dict[str, Any]:
         lock = threading.RLock()
         self.table = LeaseTable(EPOCH, time.monotonic, secrets.token_bytes)
         self.desk = LeaseDesk(self.table, lock, self._reclaim)
@@ -184,6 +222,17 @@ class SendingEnd(End):
         checksums = [_checksum(planes[name]) for name in self.cache.planes]
         return {**facts, "checksums": checksums}
 
+    def load_model(self, model: str, kv_dtype: str, num_tokens: int) -> dict[str, Any]:
+        """A published model's cache of so many tokens, full of random bytes."""
+        facts = self.make_cache(cache_layout(published_config(model), kv_dtype), num_tokens)
+        self.pool.open(OWNER, [], self.pool.blocks_for(num_tokens))
+        rng = np.random.default_rng(1)
+        for piece in whole(self.layout, num_tokens):
+            plane = self.layout.plane(piece.plane)
+            raw = torch.from_numpy(rng.integers(0, 256, plane.num_bytes(piece), np.uint8))
+            self.cache.scatter(OWNER, piece, plane, raw)
+        return facts | {"sums": piece_sums(self.cache, self.layout, OWNER, num_tokens)}
+
     def connect(self, address: str) -> dict[str, Any]:
         """A channel to the receiver, connected."""
         self._carriers: dict[str, SenderCarriers] = {}
@@ -239,6 +288,25 @@ class SendingEnd(End):
         if carrier and carrier not in stats.carriers:
             raise RuntimeError(f"KV went {', '.join(stats.carriers)} instead of by {carrier}")
         return {"seconds": seconds, "wire_bytes": stats.wire_bytes}
+
+
+def whole(layout: CacheLayout, num_tokens: int) -> list[Piece]:
+    """All that a sequence has."""
+    return [*pieces_for(layout, range(num_tokens)), *window_pieces_for(layout, num_tokens)]
+
+
+def piece_sums(cache: PagedCache, layout: CacheLayout, owner: bytes, num_tokens: int) -> list[int]:
+    """A checksum of each piece."""
+    return [
+        xxhash.xxh3_64_intdigest(cache.gather(owner, piece, layout.plane(piece.plane)).numpy())
+        for piece in whole(layout, num_tokens)
+    ]
+
+
+def touch(cache: PagedCache) -> None:
+    """So that its pages count before anything lands."""
+    for plane in (*cache.planes.values(), *cache.windows.slots.values()):
+        plane.fill_(0)
 
 
 def _checksum(plane: torch.Tensor) -> int:

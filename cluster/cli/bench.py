@@ -12,7 +12,19 @@ from rich.console import Console
 from cluster.cli.console import err, out
 from cluster.problems import nearest_name, one_of
 
-NAMES = ("isolation", "handoff", "transfer", "codecs", "tiers", "engine", "drafts", "pd", "router", "chaos")
+NAMES = (
+    "isolation",
+    "handoff",
+    "transfer",
+    "long_cache",
+    "codecs",
+    "tiers",
+    "engine",
+    "drafts",
+    "pd",
+    "router",
+    "chaos",
+)
 
 
 class Report(Protocol):
