@@ -67,7 +67,7 @@ class ChunkTiles:
 class Span:
     """Consecutive positions of one sequence: batch rows [first_row, first_row + num_tokens), positions from `start`;
     `blocks` int64: those of its sequence, up to the last position; `slot`: its window slot; `records`: those to be
-    filled, each with the boundary whose live rows it is for."""
+    filled, each with the boundary whose live rows it is for; `window_start`, `replayed_to`: as the sequence's."""
 
     first_row: int
     num_tokens: int
@@ -75,6 +75,8 @@ class Span:
     blocks: np.ndarray
     slot: int = 0
     records: tuple[tuple[int, int], ...] = ()
+    window_start: int = 0
+    replayed_to: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,17 @@ class BatchBuilder:
         owner = owner_of(row.sequence)
         blocks = np.asarray(self._blocks_of(owner)[:count])
         records = tuple((filling.boundary, filling.record) for filling in row.records)
-        return Span(first_row, row.num_tokens, row.start, blocks, self._slot_of(owner), records)
+        sequence = row.sequence
+        return Span(
+            first_row,
+            row.num_tokens,
+            row.start,
+            blocks,
+            self._slot_of(owner),
+            records,
+            sequence.window_start,
+            sequence.replayed_to,
+        )
 
     def _token_arrays(
         self, rows: list[StepRow], least: int = MIN_ROWS

@@ -26,7 +26,7 @@ from engine.request import Sequence as EngineSequence
 from engine.runner import EngineOptions, ModelRunner
 from engine.scheduler import Scheduler, StepLimits, StepPlan, choice_owner, owner_of
 from engine.set_aside import bring_back, set_aside
-from engine.windows import WindowUse
+from engine.windows import TakenUp, WindowUse
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class _Lease:
 
     num_choices: int  # 0: it holds a prefix to be read or filled, and never computes
     root_key: bytes = b""
-    cached_tokens: int = 0
+    taken_up: TakenUp = TakenUp(0)  # noqa: RUF009 - frozen
     bound: int = 0
     tenant: str = ""
     trusted: bool = False  # computed here or verified at commit: its private blocks hold numbers
@@ -121,12 +121,13 @@ class Engine:
             num_hit = self.pool.open(lease_id, keys, num_blocks, spare, bound, tenant, use)
             if num_hit is None:
                 return None
-            cached_tokens = num_hit * self.pool.block_tokens
-            record = self.pool.resumes_from(lease_id) if is_computed_here else None
-            if record is not None:
-                self.cache.windows.restore(record, self.pool.slot(lease_id), cached_tokens)
-            self._leases[lease_id] = _Lease(num_choices, root_key, cached_tokens, bound, tenant)
-            return cached_tokens
+            taken_up = TakenUp(num_hit * self.pool.block_tokens)
+            if is_computed_here:
+                taken_up = self.pool.taken_up(lease_id)
+            if taken_up.record is not None:
+                self.cache.windows.restore(taken_up.record, self.pool.slot(lease_id), taken_up.num_tokens)
+            self._leases[lease_id] = _Lease(num_choices, root_key, taken_up, bound, tenant)
+            return taken_up.num_tokens
 
     def submit(
         self, lease_id: bytes, prompt: Sequence[int], sampling: SamplingParams, *, prefill_only: bool
@@ -137,7 +138,7 @@ class Engine:
             lease = self._leases[lease_id]
             lease.trusted = True
             sequence = self._sequence(lease_id, 0, prompt, sampling)
-            sequence.num_computed = lease.cached_tokens
+            sequence.take_up(lease.taken_up)
             sequence.prefill_only = prefill_only
             sequence.drafter = drafter
             self.scheduler.add(sequence)

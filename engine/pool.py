@@ -25,7 +25,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from engine.shares import TenantShares
-from engine.windows import Filling, Name, WindowPlace, WindowPool, WindowUse
+from engine.windows import Filling, Name, TakenUp, WindowPlace, WindowPool, WindowUse
 
 
 class PoolCorrupted(AssertionError):
@@ -129,12 +129,17 @@ class BlockPool:
             raise KeyError(f"a model without windows, and owner {owner.hex()}")
         return WindowPlace(self.windows.slot(owner))
 
-    def resumes_from(self, owner: bytes) -> int | None:
-        """The record of the windows at the end of what an owner, just opened, took from the cache."""
-        keys = self._holdings[owner].keys
-        if self.windows is None or not keys:
-            return None
-        return self.windows.find(self._name_of[self._holdings[owner].blocks[len(keys) - 1]])
+    def taken_up(self, owner: bytes) -> TakenUp:
+        """How an owner, just opened to compute, goes on from what it took from the cache."""
+        num_blocks = len(self._holdings[owner].keys)
+        num_tokens = num_blocks * self.block_tokens
+        if self.windows is None or not num_blocks:
+            return TakenUp(num_tokens)
+        if self.windows.replay_tokens:
+            return TakenUp(max(0, num_tokens - self.windows.replay_tokens), None, num_tokens)
+        return TakenUp(
+            num_tokens, self.windows.find(self._name_of[self._holdings[owner].blocks[num_blocks - 1]])
+        )
 
     def junction(self, owner: bytes) -> int:
         """How many tokens of an owner's prefix were cached, where no record is at their end; 0 where one is."""
@@ -181,7 +186,7 @@ class BlockPool:
         if self.windows is not None and takes_slot and not self.windows.num_free_slots:
             return None
         num_matching = 0
-        if self.windows is not None and use is WindowUse.COMPUTED:
+        if self.windows is not None and use is WindowUse.COMPUTED and not self.windows.replay_tokens:
             resumable = self._resumable(hits)
             num_matching = len(hits) if resumable < len(hits) else 0
             hits = hits[:resumable]

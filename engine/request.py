@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from engine.drafter import Drafter
+from engine.windows import TakenUp
 
 
 class FinishReason(StrEnum):
@@ -110,6 +111,8 @@ class Sequence:
     positions keys and values are in the cache. `root_key` starts the chain of block keys (kvtransfer.keys):
     it separates tenants and models. `bound` and `tenant` are its lease's, for when it takes blocks from the
     cache again (engine/pool.py). `drafter` guesses at its next tokens; None where none are wanted.
+    Where windows are brought back by computing: there are none before `window_start`, and of tokens before
+    `replayed_to` all else is cached.
     """
 
     sequence_id: int
@@ -126,6 +129,8 @@ class Sequence:
     tenant: str = ""
     drafter: Drafter | None = None
     set_aside: SetAside | None = None
+    window_start: int = 0
+    replayed_to: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -136,6 +141,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Answer tokens drawn so far."""
         return len(self.tokens) - self.num_prompt
+
+    def take_up(self, taken_up: TakenUp) -> None:
+        """Go on from a cached prefix."""
+        self.num_computed, self.replayed_to = taken_up.num_tokens, taken_up.replayed_to
+        self.window_start = taken_up.num_tokens if taken_up.replayed_to else 0
 
     def append(self, token_id: int) -> None:
         """The answer's next token."""

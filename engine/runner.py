@@ -36,6 +36,7 @@ from engine.scheduler import StepPlan
 from engine.weights import open_weights
 from engine.window_cache import WindowCache
 from engine.windows import WindowPool
+from kvtransfer.layouts import Window
 
 PROBE_TOKENS = TILE_TOKENS + 24  # of the longest step that is computed at start (engine/probe.py)
 PRECISIONS = ("float32", "bfloat16", "int8", "fp8")
@@ -144,7 +145,14 @@ class ModelRunner:
                 f"a tenant's share of {options.tenant_share} of {num_blocks} blocks is less than the {needed} that "
                 f"one context of {self.max_context} tokens takes: raise kv_memory or the share"
             )
-        windows = WindowPool(options.max_sequences, num_records) if windows_bytes else None
+        windows = None
+        if windows_bytes:
+            replay_tokens = 0
+            if options.window_records.kind == "zero":
+                replay_tokens = max(
+                    p.kind.rows * p.layers for p in layout.planes if isinstance(p.kind, Window)
+                )
+            windows = WindowPool(options.max_sequences, num_records, replay_tokens)
         pool = BlockPool(num_blocks, block_tokens, options.tenant_share, windows)
         lane = CopyLane(CardStreams(self.device)) if self.device.type == "cuda" else None
         num_slots = options.max_sequences if windows else 0

@@ -23,7 +23,7 @@ from engine.pace import StepPace
 from engine.pool import BlockPool
 from engine.record_policy import RecordPolicy
 from engine.request import Sequence, SequenceStatus, SetAside
-from engine.windows import Filling
+from engine.windows import Filling, TakenUp
 from kvtransfer.keys import block_key
 
 MIN_CHUNK_TOKENS = 32  # of prompts in every step, whatever answers wait for it
@@ -334,16 +334,15 @@ class Scheduler:
         if num_hit is None:
             return
         sequence.status, sequence.set_aside = SequenceStatus.RUNNING, None
-        sequence.num_computed = num_hit * self.pool.block_tokens
-        if kept is not None and kept.num_tokens > sequence.num_computed:
+        taken_up = self.pool.taken_up(owner)
+        sequence.take_up(taken_up)
+        if kept is not None and kept.num_tokens > num_hit * self.pool.block_tokens:
             blocks = tuple(self.pool.blocks(owner)[num_hit : self.pool.blocks_for(kept.num_tokens)])
             plan.brought_back.append(BroughtBack(kept, num_hit, blocks, self.pool.slot(owner)))
             self.pool.worsen(owner, kept.rank)
-            sequence.num_computed = kept.num_tokens
-            return
-        record = self.pool.resumes_from(owner)
-        if record is not None:
-            plan.resumed.append(Resumed(record, self.pool.slot(owner), sequence.num_computed))
+            sequence.take_up(TakenUp(kept.num_tokens))
+        elif taken_up.record is not None:
+            plan.resumed.append(Resumed(taken_up.record, self.pool.slot(owner), taken_up.num_tokens))
 
     def computed(self, row: StepRow, num_drafts_kept: int = 0) -> None:
         """Record that a row's positions are in the cache, and key the blocks that it filled. Of its guesses the first

@@ -65,9 +65,9 @@ def window_step(
     first_live, first_previous, num_previous = [], [], 0
     for span in spans:
         live = plane.live(span.start)
-        positions = np.arange(live.start, live.stop)
+        positions = np.arange(max(live.start, span.window_start), live.stop)
         previous.append(span.slot * ring_rows + positions % ring_rows)
-        first_live.append(live.start)
+        first_live.append(max(live.start, span.window_start))
         first_previous.append(num_previous)
         num_previous += len(positions)
 

@@ -41,6 +41,16 @@ class Filling:
     record: int
 
 
+@dataclass(frozen=True, slots=True)
+class TakenUp:
+    """How an owner goes on from a cached prefix: its first `num_tokens` need not be computed; `record` fills its
+    window slot, or without one the tokens up to `replayed_to` are computed for their windows alone."""
+
+    num_tokens: int
+    record: int | None = None
+    replayed_to: int = 0
+
+
 @dataclass(slots=True)
 class _Holding:
     slot: int
@@ -49,10 +59,13 @@ class _Holding:
 
 
 class WindowPool:
-    """Hands out `num_slots` slots and `num_records` records. Not thread-safe; the engine's lock guards it."""
+    """Hands out `num_slots` slots and `num_records` records. `replay_tokens`: computing so many tokens again, with what
+    is cached of them, brings windows back without a record; 0 where that is not done. Not thread-safe; the engine's
+    lock guards it."""
 
-    def __init__(self, num_slots: int, num_records: int) -> None:
+    def __init__(self, num_slots: int, num_records: int, replay_tokens: int = 0) -> None:
         self.num_slots, self.num_records = num_slots, num_records
+        self.replay_tokens = replay_tokens
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._free_records = list(range(num_records - 1, -1, -1))
         self._holdings: dict[bytes, _Holding] = {}

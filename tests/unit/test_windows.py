@@ -41,7 +41,7 @@ def test_a_prefix_is_taken_up_only_at_a_record() -> None:
     keys = [key(index) for index in range(4)]
     assert pool.lookup(keys) == 4
     assert pool.open(b"b", keys, 5) == 2
-    assert pool.resumes_from(b"b") is not None
+    assert pool.taken_up(b"b").record is not None
     assert pool.junction(b"b") == 4 * BLOCK
     assert pool.open(b"reader", keys, 4, use=WindowUse.NONE) == 4
 
@@ -51,7 +51,7 @@ def test_without_a_record_nothing_is_taken_up() -> None:
     pool.open(b"a", [], 3)
     compute(pool, b"a", 2, [])
     assert pool.open(b"b", [key(0), key(1)], 3) == 0
-    assert pool.resumes_from(b"b") is None
+    assert pool.taken_up(b"b").record is None
     assert pool.junction(b"b") == 2 * BLOCK
 
 
@@ -98,7 +98,7 @@ def test_the_least_recently_used_record_is_given_up() -> None:
         pool.open(owner, [], 2)
         if owner == b"c":
             assert pool.open(b"use", [key(0)], 2) == 1
-            assert pool.resumes_from(b"use") is not None
+            assert pool.taken_up(b"use").record is not None
             pool.close(b"use")
         compute(pool, owner, 1, [BLOCK], chain=chain * 10)
     found = [pool.open(bytes([chain]), [key(chain * 10)], 1, use=WindowUse.NONE) for chain in range(3)]
@@ -165,7 +165,7 @@ class PoolWithWindows(RuleBasedStateMachine):
         if hit is None:
             return
         if computes:
-            assert (self.pool.resumes_from(owner) is not None) == bool(hit)
+            assert (self.pool.taken_up(owner).record is not None) == bool(hit)
             self.computed[owner] = chain
         else:
             self.pool.close(owner)

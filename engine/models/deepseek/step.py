@@ -102,9 +102,8 @@ def completed_entries(
     none."""
     rows, missing, slots, positions = [], [], [], []
     for index, span in enumerate(spans):
-        entries = np.arange(
-            span.start // tokens_per_entry, (span.start + span.num_tokens) // tokens_per_entry
-        )
+        begin, end = max(span.start, span.replayed_to), span.start + span.num_tokens
+        entries = np.arange(begin // tokens_per_entry, end // tokens_per_entry)
         first = entries * tokens_per_entry
         tokens = first[:, None] + np.arange(-overlap_tokens, tokens_per_entry)
         rows.append(window.locate(index, np.maximum(tokens, 0)))
@@ -128,7 +127,8 @@ def window_keys(
         own = np.arange(span.start, span.start + span.num_tokens)
         positions = own[:, None] + np.arange(1 - window_tokens, 1)
         at = slice(span.first_row, span.first_row + span.num_tokens)
-        rows[at, :window_tokens] = window.locate(index, np.where(positions < 0, own[:, None], positions))
-        masked[at, :window_tokens] = positions < 0
+        is_there = positions >= span.window_start
+        rows[at, :window_tokens] = window.locate(index, np.where(is_there, positions, own[:, None]))
+        masked[at, :window_tokens] = ~is_there
         rows[at, window_tokens:] = window.locate(index, own)[:, None]
     return WindowKeys(torch.from_numpy(rows).to(device), torch.from_numpy(masked).to(device))
