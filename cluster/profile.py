@@ -188,7 +188,7 @@ class Tiers(Section):
 
 
 class KvTransfer(Section):
-    """How KV blocks travel."""
+    """How KV blocks travel, and what of them is kept."""
 
     fidelity: Literal["exact", "near", "compact"] = "exact"
     """The worst class of codec that may touch a request's KV."""
@@ -197,6 +197,12 @@ class KvTransfer(Section):
     lease_ttl: Duration = 10.0
     """A lease expires this long after its last push or renewal."""
     tiers: Tiers | None = None
+    windows: Literal["ends", "full", "periodic", "zero"] = "ends"
+    """Of models with windows (DeepSeek-V4), where in a sequence they are kept, so that a cached prefix can be gone on
+    from. ends: where prompts and answers end, and where a prompt parts from another; full: at every block; periodic:
+    every `windows_period`; zero: nowhere, the last window times layers tokens are computed again."""
+    windows_period: Annotated[int, Field(ge=128, le=1 << 20, multiple_of=128)] = 4096
+    """Tokens between windows that are kept."""
 
 
 class Slo(Section):

@@ -9,6 +9,7 @@ from cluster.placement import Node
 from cluster.plan import ClusterPlan, StorePlan, WorkerPlan
 from cluster.profile import Profile
 from cluster.stores import StoreSettings, store_address
+from engine.record_policy import RecordPolicy
 from router.config import RouterConfig
 from worker.config import WorkerConfig
 
@@ -90,6 +91,9 @@ class Wiring:
             max_drafts=worker.max_drafts,
             itl_s=self.profile.router.slo.itl if self.profile.router.slo else None,
             set_aside_bytes=worker.set_aside_bytes,
+            window_records=RecordPolicy(
+                self.profile.kvtransfer.windows, self.profile.kvtransfer.windows_period
+            ),
             kv_bytes=worker.kv_bytes,
             cpus=worker.cpus,
             service_cpus=worker.service_cpus,

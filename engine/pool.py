@@ -145,6 +145,18 @@ class BlockPool:
         """How many tokens of an owner's prefix were cached, where no record is at their end; 0 where one is."""
         return self._holdings[owner].num_matching * self.block_tokens
 
+    def lookup_rank(self, key: bytes, bound: int) -> int | None:
+        """The best rank of at most `bound` under which a key is cached."""
+        return next((rank for rank in range(bound + 1) if (key, rank) in self._block_of), None)
+
+    def resumable(self, keys: Sequence[bytes], bound: int = 0) -> int:
+        """How many leading keys somebody could go on from: cached, and with a record at their end where the model has
+        windows."""
+        hits = self._hits(keys, bound)
+        if self.windows is None or self.windows.replay_tokens:
+            return len(hits)
+        return self._resumable(hits)
+
     def frees_for(self, owner: bytes, other: bytes) -> bool:
         """Whether blocks that `other` gave up would be room for `owner` to grow into."""
         return self._shares.may_evict(self._holdings[owner].tenant, self._holdings[other].tenant)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from typing_extensions import Buffer
 
@@ -106,3 +106,19 @@ class BlockSource(Protocol):
 
     def open(self, request: FetchRequest) -> OpenBlocks:
         """Pins the longest leading run of the keys that is held. Raises SourceRefused."""
+
+
+class SourcesByLayout:
+    """A BlockSource of several, each with blocks of one layout, by its identity."""
+
+    def __init__(self, sources: Mapping[str, BlockSource]) -> None:
+        self._sources = sources
+
+    def open(self, request: FetchRequest) -> OpenBlocks:
+        """Raises SourceRefused."""
+        source = self._sources.get(request.layout)
+        if source is None:
+            raise SourceRefused(
+                "LAYOUT_MISMATCH", f"blocks of layouts {', '.join(self._sources)} are cached here"
+            )
+        return source.open(request)

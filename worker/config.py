@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from engine.record_policy import RecordPolicy
 from kvtransfer.keys import MIN_CLUSTER_SECRET_BYTES
 
 
@@ -51,6 +52,8 @@ class WorkerConfig:
     """Guesses at an answer's next tokens in one step; 0: none."""
     itl_s: float | None = None
     """How long answers should at most wait for a token while prompts are computed beside them."""
+    window_records: RecordPolicy = field(default_factory=RecordPolicy)
+    """Where a prefix can be taken up, of a model with windows."""
     set_aside_bytes: int = 256 << 20
     """Host memory for the KV of answers that had to give way."""
     kv_bytes: int = 1 << 30

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import grpc
 
 from engine.engine import Engine
+from engine.record_cache import RecordCache
 from kvtransfer.busy import BusyCores
 from kvtransfer.cache_sink import CacheSink
 from kvtransfer.cache_source import CacheBlockSource
@@ -19,7 +20,7 @@ from kvtransfer.credit import DEFAULT_LANDING_BYTES, CreditBook
 from kvtransfer.frames import max_frame_bytes
 from kvtransfer.landing import FrameLander
 from kvtransfer.load_speeds import LoadSpeeds
-from kvtransfer.sources import FetchRequest, SourceRefused
+from kvtransfer.sources import FetchRequest, SourceRefused, SourcesByLayout
 from kvtransfer.tiers.client import StoreClient
 from kvtransfer.transports.auth import ClusterTokenInterceptor
 from kvtransfer.transports.carriers import CARRIED_FRAME_BYTES
@@ -31,6 +32,7 @@ from kvtransfer.transports.grpc_serve import FetchServer
 from worker.config import WorkerConfig
 from worker.kv_counters import KvCounters
 from worker.leasing import LeaseKeeper
+from worker.media import Medium, blocks_of, medium_of, records_of
 from worker.servers import join_address
 
 
@@ -52,6 +54,8 @@ class KvParts:
         self.choosers = CodecChoosers(book, busy, self.clock)
         self.choosers.check(config.codec, (config.fidelity,))
         self.choosers.probe(engine.layout, config.fidelity)
+        self.blocks = blocks_of(engine)
+        self.records = records_of(engine)
         self.sink = CacheSink(engine.cache, engine.layout)
         self.credits = CreditBook(DEFAULT_LANDING_BYTES, max_frame_bytes(engine.layout, CARRIED_FRAME_BYTES))
         self.landing_carriers = CarrierHost(CarrierOptions(tcp_host=config.host))
@@ -68,6 +72,12 @@ class KvParts:
     def target(self, leases: LeaseKeeper) -> FetchTarget:
         """Where one role's fetches land."""
         return FetchTarget(leases.desk, self.lander(leases), self.sink, self.credits, self.engine.layout)
+
+    def record_target(self, leases: LeaseKeeper, records: RecordCache) -> FetchTarget:
+        """Where one role's fetches of window records land."""
+        sink = CacheSink(records, records.layout)
+        lander = FrameLander(leases.desk, sink, records.layout, self.clock, self._pace)
+        return FetchTarget(leases.desk, lander, sink, self.credits, records.layout)
 
     def close(self) -> None:
         """Give back what lies outside of this process's memory."""
@@ -90,10 +100,11 @@ class KvServer:
         self._kv = kv
         receiver = BulkReceiver(kv.lander(receiving), kv.credits, kv.landing_carriers.open_slots)
         service = KvTransferService(receiving.desk, kv.sink, layout, receiving.commit, kv.clock)
-        source = CacheBlockSource(
-            kv.engine.cache, layout, layout.block_tokens, kv.engine.pin, kv.engine.release, self._chooser
+        media = [kv.blocks, *([medium_of(kv.records)] if kv.records is not None else [])]
+        self._fetches = FetchServer(
+            SourcesByLayout({medium.layout.identity(): self._source(medium) for medium in media}),
+            current_epoch,
         )
-        self._fetches = FetchServer(source, current_epoch)
         self._server: grpc.Server = make_bulk_server(
             interceptors=(ClusterTokenInterceptor(config.cluster_secret),)
         )
@@ -113,6 +124,12 @@ class KvServer:
         """Refuse new calls, and cut those that go on after the grace."""
         self._fetches.close(grace_s)
         self._server.stop(grace_s).wait()
+
+    def _source(self, medium: Medium) -> CacheBlockSource:
+        layout = medium.layout
+        return CacheBlockSource(
+            medium.cache, layout, layout.block_tokens, medium.pin, medium.release, self._chooser
+        )
 
     def _chooser(self, request: FetchRequest) -> CodecChooser:
         """Askers are known by their epochs; they all come in by this port."""

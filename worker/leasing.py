@@ -130,6 +130,15 @@ class LeaseKeeper:
                 table.hold_prefix(lease_id, num_hit * self._engine.layout.block_tokens)
             return num_hit
 
+    def open_empty(self, lease_id: bytes) -> bool:
+        """A granted lease for something that is not of the blocks of a sequence; False where it has ended."""
+        with self.desk.change() as table:
+            lease = table.get(lease_id)
+            if lease is None or lease.state.is_over:
+                return False
+            table.hold_prefix(lease_id, 0)
+            return True
+
     def release(self, lease_id: bytes, cause: str = "") -> None:
         """End a lease in whatever state it is. Idempotent."""
         with self.desk.change() as table:

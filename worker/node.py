@@ -160,6 +160,7 @@ class WorkerNode:
                 max_drafts=config.max_drafts,
                 itl_s=config.itl_s,
                 set_aside_bytes=config.set_aside_bytes,
+                window_records=config.window_records,
                 kv_bytes=config.kv_bytes,
                 num_threads=config.num_threads,
                 device=config.device,

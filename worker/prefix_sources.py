@@ -96,13 +96,13 @@ class SourceFinder:
 
     def _num_here(self, wanted: Wanted) -> int:
         with self._engine.lock:
-            return self._engine.pool.lookup(wanted.keys, wanted.bound)
+            return self._engine.pool.resumable(wanted.keys, wanted.bound)
 
     def _worker(self, holder: Holder, num_here: int, num_blocks: int) -> Source | None:
         end_block = min(holder.cached_tokens // self._block_tokens, num_blocks, num_here + MAX_FETCH_KEYS)
         if end_block <= num_here:
             return None
-        name, layout = holder.address, self._engine.layout
+        name, layout = holder.address, self._kv.blocks.layout
         num_bytes = layout.num_bytes((end_block - num_here) * self._block_tokens)
         part = self._part(name, end_block, num_bytes, self._speed_of(holder))
         return self._judged(holder.epoch, holder.channel, part, num_here)
@@ -116,7 +116,7 @@ class SourceFinder:
         store, keys = self._kv.store, wanted.keys[num_here : num_here + MAX_FETCH_KEYS]
         if store is None or not keys:
             return None
-        answer = store.lookup(keys, wanted.bound, shape_of(self._engine.layout, self._block_tokens))
+        answer = store.lookup(keys, wanted.bound, shape_of(self._kv.blocks.layout, self._block_tokens))
         runs = [run for run in answer.found.tiers if run.num_bytes]
         if not runs:
             return None

@@ -15,31 +15,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kvtransfer.cluster_token import cluster_metadata
-from kvtransfer.codecs import CODECS
-from kvtransfer.fetching import FetchCause, FetchOutcome
-from kvtransfer.frames import LeaseRef
-from kvtransfer.lease_types import RequestId
-from kvtransfer.sources import FetchRequest
 from kvtransfer.transports.grpc_fetch import FetchSession
 from worker.kv import KvParts
-from worker.leasing import LeaseKeeper, NotReserved
-from worker.prefix_sources import STORE, Holder, Source, SourceFinder, Wanted
+from worker.leasing import LeaseKeeper
+from worker.loading import Loading
+from worker.prefix_sources import Holder, SourceFinder, Wanted
 
 logger = logging.getLogger(__name__)
 
 MAX_AT_ONCE = 4
 MAX_OPEN = 16
 """Fetches that run or wait for a thread; prompts beyond are computed."""
-STALL_S = 2.0
-UNMEASURED_S = 10.0
-"""What a fetch may take where nothing says how long computing would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +56,7 @@ class PrefixFetcher:
     ) -> None:
         self._kv = kv
         self._finder = SourceFinder(kv)
-        self._loading = _Loading(kv, leases, current_epoch)
+        self._loading = Loading(kv, leases, current_epoch)
         self._loop = loop
         self._threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="fetch")
         self._open: set[PrefixFetch] = set()
@@ -111,7 +102,7 @@ class PrefixFetch:
     """One prompt's fetch. `cancel` may be called by any thread."""
 
     def __init__(
-        self, wanted: Wanted, finder: SourceFinder, loading: _Loading, clock: Callable[[], float]
+        self, wanted: Wanted, finder: SourceFinder, loading: Loading, clock: Callable[[], float]
     ) -> None:
         self._wanted = wanted
         self._finder = finder
@@ -146,98 +137,3 @@ class PrefixFetch:
             is_cancelled = self._is_cancelled
         if is_cancelled:
             session.cancel()
-
-
-class _Loading:
-    """Loads blocks into leases of one role; on threads that may wait."""
-
-    def __init__(self, kv: KvParts, leases: LeaseKeeper, current_epoch: Callable[[], int]) -> None:
-        self._kv = kv
-        self._engine = kv.engine
-        self._leases = leases
-        self._target = kv.target(leases)
-        self._current_epoch = current_epoch
-
-    def count(self, source: Source, num_tokens: int) -> None:
-        """For the worker's reports."""
-        self._kv.counters.note_fetch(STORE if source.name == STORE else "worker", num_tokens)
-
-    def load(self, wanted: Wanted, source: Source, attach: Callable[[FetchSession], None]) -> tuple[int, str]:
-        """Tokens that are cached here now, of those that `source` has, and why so many."""
-        limit_s = min(wanted.deadline - self._kv.clock(), self._worth_s(source))
-        if limit_s <= 0:
-            return 0, "the deadline has passed"
-        request = RequestId(wanted.tenant, f"fetch:{secrets.token_hex(8)}")
-        lease_id = self._leases.grant(
-            request, 1, limit_s, local=False, fidelity=wanted.bound, peer_epoch=source.epoch
-        )
-        if isinstance(lease_id, NotReserved):
-            return 0, f"{lease_id.cause}: {lease_id.message}"
-        try:
-            return self._load_into(lease_id, limit_s, wanted, source, attach)
-        finally:
-            self._leases.release(lease_id, "FETCH_OVER")
-
-    def _load_into(
-        self,
-        lease_id: bytes,
-        limit_s: float,
-        wanted: Wanted,
-        source: Source,
-        attach: Callable[[FetchSession], None],
-    ) -> tuple[int, str]:
-        keys = wanted.keys[: source.end_block]
-        num_hit = self._leases.open_prefix(lease_id, keys, wanted.bound)
-        if num_hit is None:
-            return 0, "no room to load into"
-        if num_hit == len(keys):
-            return 0, "all of it is here meanwhile"
-
-        def on_fetched(lease_id: bytes, num_blocks: int, fidelity: int) -> None:
-            self._engine.seal_prefix(lease_id, keys, num_hit + num_blocks, fidelity)
-
-        session = FetchSession(
-            channel=source.channel,
-            request=self._request(lease_id, source.epoch, wanted, keys, num_hit),
-            target=self._target,
-            on_fetched=on_fetched,
-            remaining_s=limit_s,
-            stall_s=STALL_S,
-            metadata=cluster_metadata(self._kv.config.cluster_secret),
-            clock=self._kv.clock,
-        )
-        attach(session)
-        return self._result(source, session.run())
-
-    def _request(
-        self, lease_id: bytes, source_epoch: int, wanted: Wanted, keys: Sequence[bytes], num_hit: int
-    ) -> FetchRequest:
-        layout = self._engine.layout
-        return FetchRequest(
-            lease=LeaseRef(lease_id, 1, source_epoch, self._current_epoch()),
-            keys=tuple(keys[num_hit:]),
-            first_block=num_hit,
-            block_tokens=layout.block_tokens,
-            layout=layout.identity(),
-            dtypes=layout.dtypes,
-            fidelity=wanted.bound,
-            codecs=tuple((each.name, each.version) for each in CODECS if each.fidelity.rank <= wanted.bound),
-        )
-
-    def _result(self, source: Source, outcome: FetchOutcome) -> tuple[int, str]:
-        if outcome.num_blocks:
-            # A store is asked in bytes as it keeps them, a worker in bytes of the cache.
-            num_bytes = outcome.wire_bytes if source.name == STORE else outcome.kv_bytes
-            self._kv.speeds.note_load(source.name, num_bytes, outcome.fetch_s)
-            return outcome.num_blocks * self._engine.layout.block_tokens, source.decision.reason
-        logger.info("nothing fetched from %s: %s: %s", source.name, outcome.cause, outcome.message)
-        if outcome.cause == FetchCause.PEER_UNAVAILABLE or outcome.fetch_s >= STALL_S:
-            # So that the prompts after this one do not wait for it in vain as well.
-            self._kv.speeds.note_load(source.name, source.num_bytes, max(outcome.fetch_s, STALL_S))
-        return 0, f"{outcome.cause}: {outcome.message}"
-
-    @staticmethod
-    def _worth_s(source: Source) -> float:
-        """A fetch that has taken as long as computing would is not worth waiting for any more."""
-        predicted = source.decision.predicted_compute_s
-        return UNMEASURED_S if predicted is None else max(STALL_S, predicted)

@@ -12,14 +12,16 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from engine.windows import window_key
 from headrace.v1 import kvtransfer_pb2
+from kvtransfer.cache_store import CacheStore
 from kvtransfer.codecs import Fidelity
 from kvtransfer.keys import tenant_label
-from kvtransfer.layouts import Piece, Plane
+from kvtransfer.layouts import CacheLayout, Piece, Plane
 from kvtransfer.tiers.client import Declined, Granted, StoreClient
 from kvtransfer.tiers.receiving import Offer
 from kvtransfer.tiers.store_types import NotWanted
@@ -27,6 +29,7 @@ from kvtransfer.transports.grpc_push import PushSession
 from kvtransfer.transports.push_books import PushOptions
 from kvtransfer.transports.seam import HANDOFF_MAJOR, TransferError
 from worker.kv import KvParts
+from worker.media import Medium, medium_of
 from worker.pacing import LandingPace
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,9 @@ class WriteBack:
         """Chains that were not written: too many waited, or the store took nothing."""
         self._kv = kv
         self._store = store
-        self._cache = _PacedCache(kv, is_computing)
+        pace = LandingPace(is_computing, BYTES_PER_S_WHILE_COMPUTING)
+        self._blocks = _paced(kv.blocks, pace)
+        self._records = _paced(medium_of(kv.records), pace) if kv.records is not None else None
         self._current_epoch = current_epoch
         self._cond = threading.Condition()
         self._waiting: deque[_Chain] = deque()
@@ -125,47 +130,59 @@ class WriteBack:
             return self._waiting.popleft()
 
     def _write(self, chain: _Chain) -> bool:
-        """Every part of a chain; False where the store or the cache lost it."""
-        for start in range(0, len(chain.keys), BLOCKS_AT_A_TIME):
-            left: Sequence[bytes] | None = chain.keys[start : start + BLOCKS_AT_A_TIME]
+        """Every part of a chain, and the windows that are kept along it; False where the store or the cache lost it."""
+        parts = [chain.keys[at : at + BLOCKS_AT_A_TIME] for at in range(0, len(chain.keys), BLOCKS_AT_A_TIME)]
+        if not all(self._write_whole(chain.tenant, part, self._blocks) for part in parts):
+            return False
+        if self._records is None or self._kv.records is None:
+            return True
+        worst = max(fidelity.rank for fidelity in Fidelity)
+        kept = [window_key(key) for key in chain.keys if self._kv.records.has(key, worst) is not None]
+        return all(self._write_whole(chain.tenant, (key,), self._records) for key in kept)
+
+    def _write_whole(self, tenant: str, keys: Sequence[bytes], medium: Medium) -> bool:
+        """One part, however often the store has to be asked."""
+        if keys:
+            left: Sequence[bytes] | None = keys
             give_up_at = self._kv.clock() + PUSH_TIMEOUT_S
             while left:
                 if self._stopped.is_set() or self._kv.clock() >= give_up_at:
                     return False
-                before, left = left, self._write_part(chain.tenant, left)
+                before, left = left, self._write_part(tenant, left, medium)
                 if left == before:  # the store has no room for now
                     self._stopped.wait(BUSY_RETRY_S)
             if left is None:
                 return False
         return True
 
-    def _write_part(self, tenant: str, keys: Sequence[bytes]) -> Sequence[bytes] | None:
+    def _write_part(self, tenant: str, keys: Sequence[bytes], medium: Medium) -> Sequence[bytes] | None:
         """Offer and push one part; returns the keys that are left of it, or None where there is no use in going on."""
         owner = secrets.token_bytes(16)
         self._is_writing = True
         try:
-            pinned = self._pin(owner, keys)
+            pinned = self._pin(owner, keys, medium)
             if pinned is None:
                 return None
             num_blocks, rank = pinned
             answer = self._store.offer(
-                self._offer(tenant, keys[:num_blocks], rank),
+                self._offer(tenant, keys[:num_blocks], rank, medium.layout),
                 sender_epoch=self._current_epoch(),
                 remaining_s=PUSH_TIMEOUT_S,
             )
             if isinstance(answer, Declined):
                 return self._declined(answer, keys)
-            pushed = self._push(self._open_push(owner, rank, answer), answer)
+            pushed = self._push(self._open_push(owner, rank, answer, medium), answer, medium.layout)
             return keys[answer.start_block + answer.num_blocks :] if pushed else None
         finally:
-            self._kv.engine.release(owner)
+            medium.release(owner)
             self._is_writing = False
 
-    def _pin(self, owner: bytes, keys: Sequence[bytes]) -> tuple[int, int] | None:
+    @staticmethod
+    def _pin(owner: bytes, keys: Sequence[bytes], medium: Medium) -> tuple[int, int] | None:
         """The leading ones that are cached, as far as they are as good as the first: a part is stored under the
         worst rank in it, and what is exact shall stay so. None where there is none, or no room to pin it."""
         ranks = (fidelity.rank for fidelity in Fidelity)
-        return next(filter(None, (self._kv.engine.pin(owner, keys, rank) for rank in ranks)), None)
+        return next(filter(None, (medium.pin(owner, keys, rank) for rank in ranks)), None)
 
     @staticmethod
     def _declined(answer: Declined, keys: Sequence[bytes]) -> Sequence[bytes] | None:
@@ -173,20 +190,19 @@ class WriteBack:
             return ()
         return keys if answer.cause == NotWanted.BUSY else None
 
-    def _offer(self, tenant: str, keys: Sequence[bytes], rank: int) -> Offer:
-        layout = self._kv.engine.layout
+    def _offer(self, tenant: str, keys: Sequence[bytes], rank: int, layout: CacheLayout) -> Offer:
         label = tenant_label(self._kv.config.cluster_secret, tenant)
         # A store keeps blocks one by one: where in the sequence they lie is all the same to it.
         return Offer(label, tuple(keys), 0, layout.block_tokens, layout, rank)
 
-    def _open_push(self, owner: bytes, rank: int, granted: Granted) -> PushSession:
-        layout = self._kv.engine.layout
+    def _open_push(self, owner: bytes, rank: int, granted: Granted, medium: Medium) -> PushSession:
+        layout = medium.layout
         push = PushSession(
             channel=self._store.channel,
             lease=granted.lease,
             ttl_s=granted.ttl_s,
             remaining_s=PUSH_TIMEOUT_S,
-            cache=self._cache,
+            cache=medium.cache,
             layout=layout,
             chooser=self._kv.choosers.chooser_for(
                 self._kv.config.codec,
@@ -204,9 +220,8 @@ class WriteBack:
         push.declare_fidelity(rank)
         return push
 
-    def _push(self, push: PushSession, granted: Granted) -> bool:
+    def _push(self, push: PushSession, granted: Granted, layout: CacheLayout) -> bool:
         """Send and commit; nothing reads the cache any more when this returns."""
-        layout = self._kv.engine.layout
         handoff = kvtransfer_pb2.Handoff(
             num_tokens=(granted.start_block + granted.num_blocks) * layout.block_tokens,
             layout=layout.identity(),
@@ -229,12 +244,16 @@ class WriteBack:
                 self._push_in_hand = None
 
 
-class _PacedCache:
-    """The engine's cache, read at a bounded rate while the engine computes."""
+def _paced(medium: Medium, pace: LandingPace) -> Medium:
+    return replace(medium, cache=_PacedCache(medium.cache, pace))
 
-    def __init__(self, kv: KvParts, is_computing: Callable[[], bool]) -> None:
-        self._cache = kv.engine.cache
-        self._pace = LandingPace(is_computing, BYTES_PER_S_WHILE_COMPUTING)
+
+class _PacedCache:
+    """A cache, read at a bounded rate while the engine computes."""
+
+    def __init__(self, cache: CacheStore, pace: LandingPace) -> None:
+        self._cache = cache
+        self._pace = pace
 
     def gather(
         self, owner: bytes, piece: Piece, wire: Plane, out: torch.Tensor | None = None

@@ -29,8 +29,8 @@ from tests.worker_nodes import (
     worker,
 )
 from worker.config import WorkerRole
+from worker.loading import STALL_S
 from worker.node import WorkerNode
-from worker.prefixes import STALL_S
 
 pytestmark = pytest.mark.integration
 
@@ -223,7 +223,7 @@ def test_a_source_that_does_not_serve_costs_the_prompt_nothing_but_time(
 def test_a_source_that_stands_still_is_given_up(
     nodes: Workers, clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.prefixes.STALL_S", 0.5)
+    monkeypatch.setattr("worker.loading.STALL_S", 0.5)
     prompt, key = random_prompt(8, LONG), request_key("stands still")
     generate_locally(clients.alone, key, task(prompt))
     expected = _only(clients.alone.answer(key))
@@ -295,7 +295,7 @@ def test_a_cancel_during_a_fetch_gives_everything_back(nodes: Workers, clients: 
 def test_a_cancel_ends_the_wait_for_a_source_that_stands_still(
     nodes: Workers, clients: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.prefixes.STALL_S", 1000.0)
+    monkeypatch.setattr("worker.loading.STALL_S", 1000.0)
     prompt, key = random_prompt(16, LONG), request_key("waits")
     generate_locally(clients.alone, key, task(prompt))
     expect_loading_to_win(nodes.prefill, nodes.alone.kv_address)

@@ -41,6 +41,7 @@ class Memory:
         *,
         bound: int,
         tenant: str,
+        is_computed_here: bool,
     ) -> int | None:
         """Blocks for the prompt and one token more; the cached prefix leaves one token to compute."""
         keys = keys_of(root_key, tuple(prompt))[: (len(prompt) - 1) // BLOCK_TOKENS]

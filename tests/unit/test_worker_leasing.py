@@ -42,6 +42,7 @@ class FakeEngine:
         *,
         bound: int,
         tenant: str,
+        is_computed_here: bool,
     ) -> int | None:
         if len(self.open) == CAPACITY:
             return None
