@@ -17,6 +17,7 @@ NAMES = (
     "handoff",
     "transfer",
     "long_cache",
+    "windows",
     "codecs",
     "tiers",
     "engine",
