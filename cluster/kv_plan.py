@@ -37,7 +37,7 @@ class KvPlan:
     `cache_bytes`: what attention reads, `bf16_bytes` the same in bfloat16; `tail_bytes`: what is not compressed yet
     beside it; `request_bytes`: both. `fixed_bytes`: of that what does not grow, and `most_fixed_bytes` at the worst
     length. `wire_bytes`: a request with a codec; `wire_s` on a link, None without one; `num_fit`: such requests in a
-    GPU's memory for the cache.
+    GPU's memory for the cache. `is_replicated`: no GPU can keep a part of the heads.
     """
 
     context_tokens: int
@@ -55,6 +55,7 @@ class KvPlan:
     wire_s: float | None
     num_fit: int
     weights_bytes: int
+    is_replicated: bool
 
 
 def plan_kv(
@@ -92,6 +93,7 @@ def plan_kv(
         wire_s=None if link_bits_per_s is None else 8 * wire_bytes / link_bits_per_s,
         num_fit=memory_bytes // request_bytes if request_bytes else 0,
         weights_bytes=published_bytes(config),
+        is_replicated=all(plane.heads == 1 for plane in layout.planes),
     )
 
 

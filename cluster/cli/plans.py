@@ -18,6 +18,8 @@ from engine.models.families import AnyConfig, open_config
 from engine.models.layouts import kv_dtypes
 from engine.models.published_models import published_config, published_names
 
+_WHOLE = "; its entries have one head, so that GPUs that share a layer keep all of them each"
+
 app = typer.Typer(help="Work out what a model takes, without running it.", no_args_is_help=True)
 
 
@@ -104,7 +106,8 @@ def _show(planned: KvPlan, model: str, codec: str, link: str, kv_memory: str) ->
         f"in bfloat16 {_size(planned.bf16_bytes)}; weights as published {_size(planned.weights_bytes)}",
         f"fixed part {_size(planned.fixed_bytes)}, at most {_size(planned.most_fixed_bytes)}",
         f"wire {_size(planned.wire_bytes)} as {codec}, {_time(planned.wire_s)} at {link}",
-        f"{planned.num_fit} such requests fit {kv_memory} of one GPU; latents and V4's entries are whole on each",
+        f"{planned.num_fit} such requests fit {kv_memory} of one GPU"
+        + (_WHOLE if planned.is_replicated else ""),
     ]
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cluster.model_store.errors import DamagedSourceError, SourceNotFoundError, UnsupportedTensorError
-from cluster.model_store.tensors import CHUNK_BYTES, ITEM_BYTES, SourceTensor
+from cluster.model_store.tensors import CHUNK_BYTES, FLOAT_DTYPES, ITEM_BYTES, SourceTensor
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 _ALIGNMENT_BYTES = 64  # of the first tensor, for mapped reads
@@ -99,7 +99,7 @@ def _tensor(path: Path, body: np.ndarray[Any, Any], name: str, entry: Any) -> So
         raise DamagedSourceError(f"{path}: the entry of tensor {name} is not valid: {entry!r}") from error
     if dtype not in ITEM_BYTES:
         raise UnsupportedTensorError(
-            f"{path}: tensor {name} is {dtype}; supported are {', '.join(ITEM_BYTES)}"
+            f"{path}: tensor {name} is {dtype}; supported are {', '.join(FLOAT_DTYPES)}"
         )
     if min(shape, default=0) < 0 or not 0 <= start <= end or end - start != prod(shape) * ITEM_BYTES[dtype]:
         raise DamagedSourceError(f"{path}: the entry of tensor {name} contradicts itself: {entry!r}")

@@ -22,9 +22,11 @@ pytestmark = pytest.mark.integration
 
 VOCABULARY = {"vocab_size": 280}
 CONFIGS = {
-    "v3": lambda: v3_config(**VOCABULARY),
-    "v32": lambda: v32_config(index_topk=160, **VOCABULARY),
-    "v4": lambda: v4_config(num_hidden_layers=3, compress_ratios=[0, 4, 128], index_topk=48, **VOCABULARY),
+    "v3": lambda: v3_config(num_hidden_layers=2, **VOCABULARY),
+    "v32": lambda: v32_config(num_hidden_layers=2, index_topk=160, **VOCABULARY),
+    "v4": lambda: v4_config(
+        num_hidden_layers=2, compress_ratios=[4, 128], num_hash_layers=1, index_topk=48, **VOCABULARY
+    ),
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
 
@@ -72,10 +74,10 @@ def tokens(length: int, seed: int) -> list[int]:
 
 
 def test_interleaved_requests_equal_each_run_alone(model: Path) -> None:
-    rng, requests = random.Random(7), list(zip(prompts(12, seed=1), samplings(12), strict=True))
+    rng, requests = random.Random(7), list(zip(prompts(7, seed=1), samplings(7), strict=True))
     tight, roomy = open_engine(model, chunk_tokens=96), open_engine(model, max_drafts=0)
     assert tight.invariant
-    leave_blocks(tight, 1408 // tight.layout.block_tokens)
+    leave_blocks(tight, 1024 // tight.layout.block_tokens)
     driver, waiting = Driver(tight), list(enumerate(requests))
     rng.shuffle(waiting)
     while waiting or tight.has_work():
@@ -110,8 +112,8 @@ def test_guesses_change_nothing(model: Path, period: int) -> None:
 def test_an_answer_that_gave_way_comes_back_the_same(model: Path, set_aside_bytes: int) -> None:
     engine = open_engine(model, set_aside_bytes=set_aside_bytes, max_drafts=0)
     leave_blocks(engine, 1024 // engine.layout.block_tokens)
-    driver, asked = Driver(engine), [tokens(190, seed) for seed in range(3)]
-    sampling = replace(GREEDY, max_tokens=140)
+    driver, asked = Driver(engine), [tokens(230, seed) for seed in range(3)]
+    sampling = replace(GREEDY, max_tokens=100)
     assert all(driver.start(number, prompt, sampling) for number, prompt in enumerate(asked))
     driver.run()
     assert engine.scheduler.num_preemptions > 0
@@ -120,12 +122,12 @@ def test_an_answer_that_gave_way_comes_back_the_same(model: Path, set_aside_byte
         assert driver.outcomes[number] == answer(roomy, prompt, sampling)
 
 
-REPLAYED = 3 * 128  # a window for each layer
+REPLAYED = 2 * 128  # a window for each layer
 POLICIES = [RecordPolicy(), RecordPolicy("full"), RecordPolicy("periodic", 256), RecordPolicy("zero")]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=[policy.kind for policy in POLICIES])
-@pytest.mark.parametrize("length", [128, 300, 513, 700])
+@pytest.mark.parametrize("length", [128, 700])
 def test_a_prefix_taken_up_gives_the_same_answer(v4: Path, policy: RecordPolicy, length: int) -> None:
     """The same prompt again, one that goes on after the answer, and two that part from it on the way."""
     engine = open_engine(v4, window_records=policy)
@@ -158,10 +160,10 @@ def test_a_prefix_taken_up_gives_the_same_answer(v4: Path, policy: RecordPolicy,
 
 
 def test_choices_share_a_prompt_and_no_window(v4: Path) -> None:
-    sampling = replace(GREEDY, temperature=1.0, seed=5, n=4, max_tokens=140)
+    sampling = replace(GREEDY, temperature=1.0, seed=5, n=3, max_tokens=70)
     prompt = tokens(200, seed=8)
     together = answer(open_engine(v4), prompt, sampling)
-    assert len({tuple(outcome.token_ids) for outcome in together}) == 4
+    assert len({tuple(outcome.token_ids) for outcome in together}) == 3
     engine = open_engine(v4, max_drafts=0)
     assert [outcome.token_ids for outcome in answer(engine, prompt, sampling)] == [
         outcome.token_ids for outcome in together

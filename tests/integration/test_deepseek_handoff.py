@@ -97,18 +97,19 @@ def test_prompts_of_every_length_are_handed_over(workers: Workers) -> None:
         check_handoff(workers, num_prompt, temperature=0.9, seed=num_prompt)
 
 
-def test_an_answer_of_three_hundred_tokens_from_a_handed_over_cache(workers: Workers) -> None:
+@pytest.mark.parametrize("num_tokens", [150, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_long_answer_from_a_handed_over_cache(workers: Workers, num_tokens: int) -> None:
     """Across boundaries of blocks and of every compression, with guesses."""
-    work = task(random_prompt(3, 250), max_tokens=300)
-    key = request_key("long")
+    work = task(random_prompt(3, 250), max_tokens=num_tokens)
+    key = request_key(f"long {num_tokens}")
     hand_over(workers.prefill, workers.decode, key, work)
     [handed_over], [expected] = workers.decode.answer(key), generate_locally(workers.alone, key, work)
     assert handed_over.token_ids == expected.token_ids
-    assert len(expected.token_ids) == 300
+    assert len(expected.token_ids) == num_tokens
 
 
 def test_choices_go_on_from_one_handed_over_window(workers: Workers) -> None:
-    work = task(random_prompt(4, 190), max_tokens=90, n=3, temperature=1.0, seed=9)
+    work = task(random_prompt(4, 190), max_tokens=40, n=3, temperature=1.0, seed=9)
     key = request_key("choices")
     hand_over(workers.prefill, workers.decode, key, work)
     handed_over, expected = workers.decode.answer(key, 3), generate_locally(workers.alone, key, work)
