@@ -97,8 +97,8 @@ class End:
             num_blocks, layout.block_tokens, windows=WindowPool(1, 0) if has_windows else None
         )
         windows = WindowCache(layout, 1, 0, 0, cpu)
-        blocks_of, place_of = self.pool.blocks, self.pool.window_place
-        self.cache = PagedCache(layout, num_blocks, cpu, blocks_of, None, windows, place_of)
+        blocks_of, slot_of = self.pool.blocks, self.pool.slot
+        self.cache = PagedCache(layout, num_blocks, cpu, blocks_of, None, windows, slot_of)
         return {"kv_bytes": layout.num_bytes(num_tokens)}
 
     def memory(self, forget_peak: bool = False) -> dict[str, int]:

@@ -23,17 +23,12 @@ from engine.copy_lane import CopyLane
 from engine.entry_format import format_of
 from engine.storage import DTYPES, is_record, plane_dtype, plane_width
 from engine.window_cache import WindowCache
-from engine.windows import WindowPlace
 from kvtransfer.layouts import CacheLayout, Paged, Piece, Plane, convertible
 
 _T = TypeVar("_T", np.ndarray, torch.Tensor)
 
 Run = tuple[slice, slice]
 """Some of a piece's entries, counted from its first, and the consecutive slots that they lie in."""
-
-
-Where = tuple[str, bool]
-"""A plane, and whether its records are meant."""
 
 
 class PagedCache:
@@ -43,7 +38,7 @@ class PagedCache:
     `formats[name]`: how an entry of a plane is written down. `blocks_of(owner)`: its blocks by position; KeyError for
     an unknown owner. The layout's block size may be any multiple of its planes' tokens per entry. `lane`: how pieces
     are copied where the planes are not in host memory. `windows`: of a layout that has window planes, and
-    `window_place(owner)`: where an owner's are.
+    `slot_of(owner)`: an owner's slot there, as `blocks_of`.
     """
 
     def __init__(
@@ -54,10 +49,10 @@ class PagedCache:
         blocks_of: Callable[[bytes], Sequence[int]],
         lane: CopyLane | None = None,
         windows: WindowCache | None = None,
-        window_place: Callable[[bytes], WindowPlace] | None = None,
+        slot_of: Callable[[bytes], int] | None = None,
     ) -> None:
         self.layout = layout
-        self._window_place = window_place
+        self._slot_of = slot_of
         self.windows = windows or WindowCache(layout, 0, 0, 0, device)
         self.num_blocks = num_blocks
         self.padding_block = num_blocks
@@ -78,11 +73,8 @@ class PagedCache:
             if plane.name in self._entries
         }
         self.formats = {plane.name: format_of(plane) for plane in layout.planes}
-        slots, records = self.windows.slots, self.windows.records
-        stored = {(name, False): tensor for name, tensor in (self.planes | slots).items()}
-        stored |= {(name, True): tensor for name, tensor in records.items()}
-        self._stored = stored
-        self._rows = {name: _by_row(tensor) for name, tensor in stored.items() if lane is None}
+        self._stored = self.planes | self.windows.slots
+        self._rows = {name: _by_row(tensor) for name, tensor in self._stored.items() if lane is None}
 
     @property
     def num_bytes(self) -> int:
@@ -104,36 +96,36 @@ class PagedCache:
     ) -> torch.Tensor:
         """The piece's canonical bytes (see CacheStore). `out` may begin at any address."""
         dtype, num_bytes = self._wire_dtype(piece, wire), wire.num_bytes(piece)
-        where, runs = self._place(owner, piece)
+        runs = self._runs(owner, piece)
         if out is not None and len(out) != num_bytes:
             raise ValueError(f"a piece of {num_bytes} bytes does not fit into {len(out)}")
-        stored = self._stored[where]
+        stored = self._stored[piece.plane]
         if self._lane is not None:
             raw = self._lane.to_host(lambda: gather_box(stored, piece, runs, dtype))
             return raw if out is None else out.copy_(raw)
         raw = torch.empty(num_bytes, dtype=torch.uint8) if out is None else out
         if dtype == stored.dtype:
-            self._take(where, piece, runs, raw)
+            self._take(piece, runs, raw)
         else:
             same = torch.empty(raw.numel() // dtype.itemsize, dtype=stored.dtype)
-            self._take(where, piece, runs, same.view(torch.uint8))
+            self._take(piece, runs, same.view(torch.uint8))
             _numbers(raw, dtype).copy_(same)
         return raw
 
     def scatter(self, owner: bytes, piece: Piece, wire: Plane, data: torch.Tensor) -> None:
         """Write a piece that `gather` gave, here or on another worker. `data` may begin at any address."""
         dtype, num_bytes = self._wire_dtype(piece, wire), wire.num_bytes(piece)
-        where, runs = self._place(owner, piece)
+        runs = self._runs(owner, piece)
         if len(data) != num_bytes:
             raise ValueError(f"{len(data)} bytes for a piece of {num_bytes}")
-        stored = self._stored[where]
+        stored = self._stored[piece.plane]
         if self._lane is not None:
             self._lane.to_card(data, lambda raw: scatter_box(stored, piece, runs, raw.view(dtype)))
             return
         raw = data.cpu()
         if dtype != stored.dtype:
             raw = _numbers(raw, dtype).to(stored.dtype).view(torch.uint8)
-        box, given = _part_of(self._rows[where], piece), self._canonical(where, piece, raw)
+        box, given = _part_of(self._rows[piece.plane], piece), self._canonical(piece, raw)
         for part, slots in runs:
             box[:, :, slots] = given[:, part].transpose(0, 2, 1)
 
@@ -186,17 +178,15 @@ class PagedCache:
             )
         return DTYPES[there.pop()]
 
-    def _place(self, owner: bytes, piece: Piece) -> tuple[Where, list[Run]]:
-        """Which of the tensors a piece lies in, and where in it."""
-        if piece.plane in self._entries:
-            return (piece.plane, False), self._runs(owner, piece)
-        if self._window_place is None:
-            raise ValueError(f"plane {piece.plane!r} is a window, and there are none here")
-        place = self._window_place(owner)
-        return (piece.plane, place.is_record), self.windows.runs(piece.plane, place, piece.entries)
-
     def _runs(self, owner: bytes, piece: Piece) -> list[Run]:
-        """The piece's entries in stretches that lie in consecutive slots."""
+        """The piece's entries in stretches that lie in consecutive slots, or rows of a window."""
+        if piece.plane in self._entries:
+            return self._block_runs(owner, piece)
+        if self._slot_of is None:
+            raise ValueError(f"plane {piece.plane!r} is a window, and there are none here")
+        return self.windows.runs(piece.plane, self._slot_of(owner), piece.entries)
+
+    def _block_runs(self, owner: bytes, piece: Piece) -> list[Run]:
         entries, size, blocks = piece.entries, self._entries[piece.plane], self._blocks_of(owner)
         first, end = entries.start // size, -(-entries.stop // size)
         if end > len(blocks):
@@ -214,15 +204,15 @@ class PagedCache:
                 start = stop
         return runs
 
-    def _take(self, where: Where, piece: Piece, runs: list[Run], out: torch.Tensor) -> None:
-        box, taken = _part_of(self._rows[where], piece), self._canonical(where, piece, out)
+    def _take(self, piece: Piece, runs: list[Run], out: torch.Tensor) -> None:
+        box, taken = _part_of(self._rows[piece.plane], piece), self._canonical(piece, out)
         for part, slots in runs:
             taken[:, part] = box[:, :, slots].transpose(0, 2, 1)
 
-    def _canonical(self, where: Where, piece: Piece, raw: torch.Tensor) -> np.ndarray:
+    def _canonical(self, piece: Piece, raw: torch.Tensor) -> np.ndarray:
         """A piece's bytes as rows [layers, entries, heads]."""
         shape = (len(piece.layers), len(piece.entries), len(piece.heads))
-        return raw.numpy().view(self._rows[where].dtype).reshape(shape)
+        return raw.numpy().view(self._rows[piece.plane].dtype).reshape(shape)
 
     def _block_slots(self, name: str, blocks: Sequence[int]) -> torch.Tensor:
         size = self._entries[name]

@@ -25,7 +25,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from engine.shares import TenantShares
-from engine.windows import Filling, Name, TakenUp, WindowPlace, WindowPool, WindowUse
+from engine.windows import Filling, Name, TakenUp, WindowPool, WindowUse
 
 
 class PoolCorrupted(AssertionError):
@@ -120,14 +120,8 @@ class BlockPool:
         return len(self._hits(keys, bound))
 
     def slot(self, owner: bytes) -> int:
-        """The owner's window slot; 0 for a model without windows."""
+        """The owner's window slot; 0 for a model without windows. Raises KeyError for an owner without one."""
         return self.windows.slot(owner) if self.windows is not None else 0
-
-    def window_place(self, owner: bytes) -> WindowPlace:
-        """Where the owner's windows are read and written from outside. Raises KeyError for one without any."""
-        if self.windows is None:
-            raise KeyError(f"a model without windows, and owner {owner.hex()}")
-        return WindowPlace(self.windows.slot(owner))
 
     def taken_up(self, owner: bytes) -> TakenUp:
         """How an owner, just opened to compute, goes on from what it took from the cache."""

@@ -157,9 +157,7 @@ class ModelRunner:
         lane = CopyLane(CardStreams(self.device)) if self.device.type == "cuda" else None
         num_slots = options.max_sequences if windows else 0
         window_cache = WindowCache(layout, num_slots, num_records, options.max_drafts, self.device)
-        cache = PagedCache(
-            layout, num_blocks, self.device, pool.blocks, lane, window_cache, pool.window_place
-        )
+        cache = PagedCache(layout, num_blocks, self.device, pool.blocks, lane, window_cache, pool.slot)
         return pool, cache
 
     def _check_device(self) -> None:

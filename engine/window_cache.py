@@ -14,7 +14,6 @@ from engine.batch import Span
 from engine.cache_size import far_boundary, ring_rows, slot_bytes, window_planes
 from engine.storage import plane_dtype, plane_width
 from engine.window_step import WindowStep, window_step
-from engine.windows import WindowPlace
 from kvtransfer.layouts import CacheLayout, Plane
 
 
@@ -49,16 +48,16 @@ class WindowCache:
         plane = next(plane for plane in self._planes if plane.name == name)
         return window_step(plane, self._rings[name], self._live[name], spans, self._device)
 
-    def runs(self, name: str, place: WindowPlace, positions: range) -> list[tuple[slice, slice]]:
-        """Some positions, counted from the first, and the consecutive rows of the plane that they lie in. Raises
+    def runs(self, name: str, slot: int, positions: range) -> list[tuple[slice, slice]]:
+        """Some positions, counted from the first, and the consecutive rows of a slot that they lie in. Raises
         ValueError for more than a ring has."""
-        ring = self._live[name] if place.is_record else self._rings[name]
+        ring = self._rings[name]
         if len(positions) > ring or positions.start < 0:
             raise ValueError(f"rows {positions.start} to {positions.stop} of a window of {ring}")
         runs, start = [], positions.start
         while start < positions.stop:
             stop = min(positions.stop, (start // ring + 1) * ring)
-            first = place.number * ring + start % ring
+            first = slot * ring + start % ring
             part = slice(start - positions.start, stop - positions.start)
             runs.append((part, slice(first, first + stop - start)))
             start = stop

@@ -34,14 +34,6 @@ class WindowUse(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class WindowPlace:
-    """Where an owner's rows are: in a slot, or in a record."""
-
-    number: int
-    is_record: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Filling:
     """A record that a step fills with the rows live at `boundary`."""
 

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine.engine import Engine, EngineOptions
 from engine.record_policy import RecordPolicy
@@ -176,3 +177,22 @@ def test_no_more_sequences_than_window_slots(v4: Path) -> None:
     assert [engine.reserve(lease, tokens(9, seed=1), 1, ROOT_KEY) for lease in leases] == [0, 0, None]
     engine.release(leases[0])
     assert engine.reserve(leases[2], tokens(9, seed=1), 1, ROOT_KEY) == 0
+
+
+def test_numbers_that_are_none_stay_in_their_sequence(model: Path, tmp_path: Path) -> None:
+    """A prompt with a token whose embedding is not a number, beside one without."""
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if "embed" in name)
+    tensors[name][3] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    engine = open_engine(tmp_path, max_drafts=0, chunk_tokens=300)
+    good, bad = tokens(260, seed=1), [*tokens(250, seed=2), 3, *tokens(9, seed=3)]
+    driver, short = Driver(engine), replace(GREEDY, max_tokens=4)
+    assert all(driver.start(number, prompt, short) for number, prompt in enumerate((good, bad)))
+    driver.run()
+    assert driver.outcomes[1][0].failure is not None
+    assert driver.outcomes[0] == answer(open_engine(model, max_drafts=0), good, short)
+    engine.pool.check()
+    assert answer(engine, bad[:250], short) == answer(open_engine(model, max_drafts=0), bad[:250], short)

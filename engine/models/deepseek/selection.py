@@ -29,7 +29,8 @@ def best_entries(
     tiles], ascending, and `masked` bool of the same shape where there are fewer."""
     num_rows, num_entries = scores.shape
     hidden = torch.arange(num_entries, device=scores.device) >= visible.unsqueeze(1)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    # What is not a number is read, so that its sequence fails, and its row chooses as many as others do.
+    scores = scores.masked_fill(scores.isnan(), float("inf")).masked_fill(hidden, float("-inf"))
     least = scores.topk(top_k, dim=1).values[:, -1:]
     above, equal = scores > least, scores == least
     left = top_k - above.sum(dim=1, keepdim=True)
