@@ -49,8 +49,8 @@ test-all: model  ## also the long ones
 chaos: model  ## cancellations, deadlines and killed workers, the long version
 	@$(BIN)/python -m pytest tests/chaos
 
-equality: model  ## disaggregated = colocated on all 32 real prompts, the longest of them too, and in int8 and bfloat16
-	@$(BIN)/python -m pytest tests/e2e/test_equality.py tests/e2e/test_equality_precisions.py -m slow
+equality: model  ## disaggregated = colocated: all 32 real prompts, int8 and bfloat16, DeepSeek-V4 at 600 lengths and from disk
+	@$(BIN)/python -m pytest tests/e2e/test_equality.py tests/e2e/test_equality_precisions.py tests/integration/test_deepseek_handoff.py tests/integration/test_deepseek_tiers.py -m slow
 
 fuzz: $(STAMP)  ## a million spoiled frames against the receiver (3 to 25 minutes)
 	@$(BIN)/python -m tests.fuzz.frames_fuzzer --frames 1000000

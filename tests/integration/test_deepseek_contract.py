@@ -160,6 +160,22 @@ def test_a_prefix_taken_up_gives_the_same_answer(v4: Path, policy: RecordPolicy,
     assert hits == expected[policy.kind]
 
 
+def test_a_prefix_is_taken_up_at_every_boundary(v4: Path) -> None:
+    """Prompts that part from a cached one after 1 to 6 blocks, each with and without what is cached."""
+    engine, fresh = open_engine(v4, window_records=RecordPolicy("full")), open_engine(v4)
+    first, short = tokens(6 * 128 + 5, seed=3), replace(GREEDY, max_tokens=3)
+    answer(engine, first, short)
+    for boundary in range(128, 6 * 128 + 1, 128):
+        for num_more in (1, 131):
+            prompt = first[:boundary] + tokens(num_more, seed=boundary + num_more)
+            driver = Driver(engine)
+            driver.start(0, prompt, short)
+            driver.run()
+            assert driver.cached_tokens[0] == boundary
+            assert driver.outcomes[0] == answer(fresh, prompt, short)
+            forget(fresh)
+
+
 def test_choices_share_a_prompt_and_no_window(v4: Path) -> None:
     sampling = replace(GREEDY, temperature=1.0, seed=5, n=3, max_tokens=70)
     prompt = tokens(200, seed=8)

@@ -132,6 +132,63 @@ def check_loaded(
             node.engine.pool.check()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", POLICIES)
+def test_prompts_of_many_lengths_come_back_from_disk(model_dir: Path, tmp_path: Path, name: str) -> None:
+    """Told by one worker, gone on from by another after the store was opened again, compared with a third."""
+    policy, _ = POLICIES[name]
+    prompts = [
+        list(random_prompt(length, length)) for length in (*range(1, 601, 23), 128, 129, 256, 257, 384)
+    ]
+    with open_store(tmp_path / "kv") as store:
+        options = ROOM | {"store_address": store.address, "window_records": policy}
+        with worker(model_dir, WorkerRole.BOTH, **options) as node:
+            told = [answer(node, prompt, f"{number}")[0] for number, prompt in enumerate(prompts)]
+            assert node.engine.pool.windows is not None
+            expected = (
+                sum((len(prompt) + 7) // BLOCK for prompt in prompts) + node.engine.pool.windows.num_kept
+            )
+            wait_until(lambda: num_records(store, DISK) == expected, f"{expected} records on disk")
+    with open_store(tmp_path / "kv") as store:
+        options = ROOM | {"store_address": store.address, "window_records": policy}
+        with (
+            worker(model_dir, WorkerRole.PREFILL, **options) as prefill,
+            worker(model_dir, WorkerRole.DECODE, **ROOM) as decode,
+            session(prefill) as to_prefill,
+            session(decode) as to_decode,
+        ):
+            expect_loading_to_win(prefill, STORE)
+            for number, (prompt, expected_answer) in enumerate(zip(prompts, told, strict=True)):
+                key = request_key(f"again {number}")
+                hand_over(to_prefill, to_decode, key, task(prompt, max_tokens=8))
+                [again] = to_decode.answer(key)
+                assert again.token_ids == expected_answer, f"{len(prompt)} tokens"
+                finished = to_prefill.prefill_finished(key)
+                assert bool(finished.fetched_tokens) == (len(prompt) > BLOCK)
+
+
+@pytest.mark.parametrize("every_bytes", [37, 1 << 16])
+def test_damaged_windows_and_blocks_on_disk_are_computed_again(
+    model_dir: Path, tmp_path: Path, every_bytes: int
+) -> None:
+    with open_store(tmp_path / "kv") as store:
+        prompt, told = fill(model_dir, store, RecordPolicy("full"), DISK)
+    for segment in (tmp_path / "kv").rglob("*"):
+        if segment.is_file() and segment.stat().st_size > every_bytes:
+            data = bytearray(segment.read_bytes())
+            for at in range(every_bytes, len(data), every_bytes):
+                data[at] ^= 0x10
+            segment.write_bytes(data)
+    with (
+        open_store(tmp_path / "kv") as store,
+        worker(model_dir, WorkerRole.BOTH, store_address=store.address, **ROOM) as node,
+    ):
+        expect_loading_to_win(node, STORE)
+        assert answer(node, prompt)[0] == told
+        assert_nothing_held(node)
+
+
 def test_the_next_turn_goes_on_from_the_answer_that_the_decode_worker_has(model_dir: Path) -> None:
     """Its blocks and the windows at its end come from there; the turn's new tokens are all that is computed."""
     with (
