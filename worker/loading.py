@@ -15,6 +15,7 @@ from kvtransfer.cluster_token import cluster_metadata
 from kvtransfer.codecs import CODECS
 from kvtransfer.fetching import FetchCause, FetchOutcome
 from kvtransfer.frames import LeaseRef
+from kvtransfer.layouts import CacheLayout
 from kvtransfer.lease_types import RequestId
 from kvtransfer.sources import FetchRequest
 from kvtransfer.tiers.receiving import shape_of
@@ -28,13 +29,24 @@ logger = logging.getLogger(__name__)
 STALL_S = 2.0
 UNMEASURED_S = 10.0
 """What a fetch may take where nothing says how long computing would."""
-MOST_BOUNDARIES = 64
+MOST_BOUNDARIES = 16
 """That windows are looked for at, from the end of what is cached on backwards."""
 
 
-def codecs_within(bound: int) -> tuple[tuple[str, int], ...]:
-    """Names and versions of the codecs that lose no more than `bound` allows."""
-    return tuple((each.name, each.version) for each in CODECS if each.fidelity.rank <= bound)
+def request_for(
+    reference: LeaseRef, layout: CacheLayout, keys: Sequence[bytes], first_block: int, bound: int
+) -> FetchRequest:
+    """For blocks of `layout`, in every codec that loses no more than `bound` allows."""
+    return FetchRequest(
+        lease=reference,
+        keys=tuple(keys),
+        first_block=first_block,
+        block_tokens=layout.block_tokens,
+        layout=layout.identity(),
+        dtypes=layout.dtypes,
+        fidelity=bound,
+        codecs=tuple((each.name, each.version) for each in CODECS if each.fidelity.rank <= bound),
+    )
 
 
 class Loading:
@@ -94,9 +106,10 @@ class Loading:
         def on_fetched(lease_id: bytes, num_blocks: int, fidelity: int) -> None:
             self._engine.seal_prefix(lease_id, keys, num_hit + num_blocks, fidelity)
 
+        reference = LeaseRef(lease_id, 1, source.epoch, self._current_epoch())
         session = FetchSession(
             channel=source.channel,
-            request=self._request(lease_id, source.epoch, wanted, keys, num_hit),
+            request=request_for(reference, self._kv.blocks.layout, keys[num_hit:], num_hit, wanted.bound),
             target=self._target,
             on_fetched=on_fetched,
             remaining_s=limit_s,
@@ -106,21 +119,6 @@ class Loading:
         )
         attach(session)
         return self._result(source, session.run())
-
-    def _request(
-        self, lease_id: bytes, source_epoch: int, wanted: Wanted, keys: Sequence[bytes], num_hit: int
-    ) -> FetchRequest:
-        layout = self._kv.blocks.layout
-        return FetchRequest(
-            lease=LeaseRef(lease_id, 1, source_epoch, self._current_epoch()),
-            keys=tuple(keys[num_hit:]),
-            first_block=num_hit,
-            block_tokens=layout.block_tokens,
-            layout=layout.identity(),
-            dtypes=layout.dtypes,
-            fidelity=wanted.bound,
-            codecs=codecs_within(wanted.bound),
-        )
 
     def _result(self, source: Source, outcome: FetchOutcome) -> tuple[int, str]:
         if outcome.num_blocks:
@@ -183,9 +181,10 @@ class WindowLoading:
         try:
             if not self._leases.open_empty(lease_id) or not self._records.open(lease_id):
                 return False
+            reference = LeaseRef(lease_id, 1, source.epoch, self._current_epoch())
             session = FetchSession(
                 channel=source.channel,
-                request=self._request(lease_id, source.epoch, block, wanted.bound),
+                request=request_for(reference, self._records.layout, [window_key(block)], 0, wanted.bound),
                 target=self._target,
                 on_fetched=lambda lease, _blocks, fidelity: self._records.seal(lease, block, fidelity),
                 remaining_s=limit_s,
@@ -198,16 +197,3 @@ class WindowLoading:
         finally:
             self._leases.release(lease_id, "FETCH_OVER")
             self._records.release(lease_id)
-
-    def _request(self, lease_id: bytes, source_epoch: int, block: bytes, bound: int) -> FetchRequest:
-        layout = self._records.layout
-        return FetchRequest(
-            lease=LeaseRef(lease_id, 1, source_epoch, self._current_epoch()),
-            keys=(window_key(block),),
-            first_block=0,
-            block_tokens=layout.block_tokens,
-            layout=layout.identity(),
-            dtypes=layout.dtypes,
-            fidelity=bound,
-            codecs=codecs_within(bound),
-        )

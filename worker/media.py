@@ -30,9 +30,11 @@ def blocks_of(engine: Engine) -> Medium:
 
 
 def records_of(engine: Engine) -> RecordCache | None:
-    """Window records; None for a model without windows."""
-    layout = record_layout(engine.layout)
-    return RecordCache(engine, layout) if layout is not None and engine.pool.windows is not None else None
+    """Window records; None for a model without windows, and where windows are computed again instead."""
+    layout, windows = record_layout(engine.layout), engine.pool.windows
+    if layout is None or windows is None or windows.replay_tokens:
+        return None
+    return RecordCache(engine, layout)
 
 
 def medium_of(records: RecordCache) -> Medium:

@@ -164,8 +164,9 @@ def test_prompts_of_many_lengths_come_back_from_disk(model_dir: Path, tmp_path: 
                 hand_over(to_prefill, to_decode, key, task(prompt, max_tokens=8))
                 [again] = to_decode.answer(key)
                 assert again.token_ids == expected_answer, f"{len(prompt)} tokens"
-                finished = to_prefill.prefill_finished(key)
-                assert bool(finished.fetched_tokens) == (len(prompt) > BLOCK)
+                if name in ("ends", "full"):
+                    finished = to_prefill.prefill_finished(key)
+                    assert bool(finished.fetched_tokens) == (len(prompt) > BLOCK)
 
 
 @pytest.mark.parametrize("every_bytes", [37, 1 << 16])
