@@ -38,7 +38,7 @@ up: model  ## start the laptop profile and leave it running
 down: $(STAMP)  ## stop what `make up` started
 	@$(BIN)/headrace down
 
-test: model  ## lint and the tests that fit in about twelve minutes on two cores
+test: model  ## lint and the tests that fit in about fourteen minutes on two cores
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m '(unit or integration) and not slow'
 	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow'
@@ -50,7 +50,7 @@ chaos: model  ## cancellations, deadlines and killed workers, the long version
 	@$(BIN)/python -m pytest tests/chaos
 
 equality: model  ## disaggregated = colocated: all 32 real prompts, int8 and bfloat16, DeepSeek-V4 at 600 lengths and from disk
-	@$(BIN)/python -m pytest tests/e2e/test_equality.py tests/e2e/test_equality_precisions.py tests/integration/test_deepseek_handoff.py tests/integration/test_deepseek_tiers.py -m slow
+	@$(BIN)/python -m pytest tests/e2e/test_equality.py tests/e2e/test_equality_precisions.py tests/integration/test_deepseek_handoff.py tests/integration/test_deepseek_tiers.py tests/integration/test_deepseek_oracle.py -m slow
 
 fuzz: $(STAMP)  ## a million spoiled frames against the receiver (3 to 25 minutes)
 	@$(BIN)/python -m tests.fuzz.frames_fuzzer --frames 1000000

@@ -22,7 +22,10 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Index
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 
 from engine.models.deepseek.selection import best_entries
+from engine.request import SamplingParams, Sequence
 from engine.runner import EngineOptions, ModelRunner
+from engine.scheduler import StepPlan, StepRow
+from kvtransfer.layouts import pieces_for, window_pieces_for
 from tests.deepseek_checkpoints import make_oracle, v3_config, v4_config, v32_config
 from tests.oracle import compare, forced_logits, oracle_logits
 
@@ -41,6 +44,7 @@ class Pair:
     """The oracle and our model of the same weights, and the oracle's logits of one text."""
 
     def __init__(self, config: PreTrainedConfig, directory: Path) -> None:
+        self.home = directory
         self.oracle: PreTrainedModel = make_oracle(config, directory)
         self.runner = open_runner(directory)
         self.tokens = np.random.default_rng(1).integers(0, VOCABULARY, NUM_TOKENS).tolist()
@@ -102,6 +106,80 @@ def test_threads_change_no_bit(pair: Pair, num_threads: int) -> None:
         assert np.array_equal(forced_logits(pair.runner, tokens, [300, *[1] * 4, 96]), expected)
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("num_steps", [20, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_prompt", [257, 511])
+def test_logits_of_an_answer_from_a_handed_over_cache(pair: Pair, num_prompt: int, num_steps: int) -> None:
+    """Everything that travels, piece by piece into another runner's cache, which then goes on token by token."""
+    here, there = pair.runner, open_runner(pair.home)
+    sequence = text_of(pair.tokens)
+    for runner in (here, there):
+        runner.pool.open(OWNER, [], runner.pool.blocks_for(num_prompt + num_steps))
+    step(here, sequence, 0, num_prompt)
+    for piece in [*pieces_for(here.layout, range(num_prompt)), *window_pieces_for(here.layout, num_prompt)]:
+        plane = here.layout.plane(piece.plane)
+        there.cache.scatter(OWNER, piece, plane, here.cache.gather(OWNER, piece, plane))
+    logits = [step(there, sequence, at, 1) for at in range(num_prompt, num_prompt + num_steps)]
+    agreement = compare(np.concatenate(logits), pair.expected[num_prompt : num_prompt + num_steps])
+    for runner in (here, there):
+        runner.pool.close(OWNER)
+    print(agreement)  # noqa: T201 - shown with -s, and where the test fails
+    assert agreement.max_difference <= TOLERANCE * agreement.max_logit
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+VARIANTS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "v3 stretched": lambda: v3_config(rope_parameters=YARN),
+    "v32 stretched": lambda: v32_config(rope_parameters=YARN),
+    "v3 without low rank": lambda: v3_config(q_lora_rank=None),
+    "v3 turned in halves": lambda: v3_config(rope_interleave=False),
+    "v3 of experts alone": lambda: v3_config(
+        first_k_dense_replace=0, norm_topk_prob=False, n_group=1, topk_group=1
+    ),
+    "v4 of one ratio": lambda: v4_config(num_hidden_layers=2, compress_ratios=[128, 128], num_hash_layers=0),
+    "v4 of two streams": lambda: v4_config(num_hidden_layers=2, compress_ratios=[4, 4], hc_mult=2),
+    "v4 of odd heads": lambda: v4_config(num_hidden_layers=2, compress_ratios=[4, 0], num_attention_heads=6),
+    "v4 not stretched": lambda: v4_config(num_hidden_layers=2, compress_ratios=[4, 128], rope_scaling=None),
+    "v4 with clamped experts": lambda: v4_config(
+        num_hidden_layers=2, compress_ratios=[4, 128], swiglu_limit=0.2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_compute_what_transformers_do(name: str, tmp_path: Path) -> None:
+    pair = Pair(VARIANTS[name](), tmp_path)
+    agreement = compare(forced_logits(pair.runner, pair.tokens[:300], [290, *[1] * 10]), pair.expected[:300])
+    assert agreement.max_difference <= TOLERANCE * agreement.max_logit
+
+
+OWNER = b"handed over"
+
+
+def text_of(tokens: list[int]) -> Sequence:
+    return Sequence(
+        sequence_id=0,
+        lease_id=OWNER,
+        choice=0,
+        tokens=tokens,
+        num_prompt=len(tokens),
+        sampling=SamplingParams(),
+    )
+
+
+def step(runner: ModelRunner, sequence: Sequence, start: int, num_tokens: int) -> np.ndarray:
+    """Logits of the step's last token: [1, vocabulary]."""
+    return runner.forward(runner.build(StepPlan([StepRow(sequence, start, num_tokens, draws=True)])))
 
 
 class Selections:

@@ -141,6 +141,7 @@ def test_a_config_as_published_is_read(tmp_path: Path) -> None:
     [
         ({"layer_types": None}, "compress_ratios: is None"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"layer_types": ["sliding_attention"] * 6}, "compresses nothing"),
         (
             {"compress_rates": {"compressed_sparse_attention": 8, "heavily_compressed_attention": 128}},
             "compress_rates",

@@ -284,6 +284,10 @@ def _ratios(keys: ConfigKeys, num_layers: int) -> tuple[int, ...]:
         keys.fail("compress_ratios", f"is {ratios!r}; a list of {known}, one for each layer, is needed")
     if len(ratios) < num_layers:
         keys.fail("compress_ratios", f"has {len(ratios)} entries for {num_layers} layers")
+    if not any(ratios[:num_layers]):
+        keys.fail(
+            "compress_ratios", "compresses nothing; supported are models with at least one layer that does"
+        )
     return tuple(ratios[:num_layers])
 
 
