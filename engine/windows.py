@@ -141,15 +141,11 @@ class WindowPool:
         supersedes: Callable[[int], bool],
     ) -> None:
         """Keep what the owner's step filled up to `num_computed` tokens, under the name of each boundary (None: not to
-        be kept). Of boundaries within an answer only the last one is kept."""
+        be kept). Of the boundaries for which `supersedes` holds, only the last one stays."""
         holding = self._holdings[owner]
         for filling in holding.filling:
             name = name_of(filling.boundary) if filling.boundary <= num_computed else None
-            if name is None or name in self._kept or name in self._forgotten:
-                self._free_records.append(filling.record)
-                continue
-            self._keep(name, filling.record)
-            if supersedes(filling.boundary):
+            if self._keep_or_free(name, filling.record) and supersedes(filling.boundary):
                 if holding.superseded is not None:
                     self.forget(holding.superseded)
                 holding.superseded = name
@@ -191,10 +187,7 @@ class WindowPool:
         """Keep what an owner filled under a name, where it has one that is not taken."""
         [filling] = self._holdings[owner].filling
         self._holdings[owner].filling.clear()
-        if name is None or name in self._kept or name in self._forgotten:
-            self._free_records.append(filling.record)
-        else:
-            self._keep(name, filling.record)
+        self._keep_or_free(name, filling.record)
 
     def record_of(self, owner: bytes) -> int:
         """Which record an owner reads or fills. Raises KeyError for one that does neither."""
@@ -205,9 +198,14 @@ class WindowPool:
             return holding.filling[0].record
         raise KeyError(f"owner {owner.hex()} moves no record")
 
-    def _keep(self, name: Name, record: int) -> None:
+    def _keep_or_free(self, name: Name | None, record: int) -> bool:
+        """Keep a filled record under its name; False, and the record free again, without one or where it is taken."""
+        if name is None or name in self._kept or name in self._forgotten:
+            self._free_records.append(record)
+            return False
         self._kept[name] = record
         self._by_window_key[window_key(name[0]), name[1]] = name
+        return True
 
     def _unpin(self, name: Name) -> None:
         self._pins[name] -= 1
