@@ -72,3 +72,85 @@ class StatusResponse(_message.Message):
     cancelled_requests: int
     uptime_s: float
     def __init__(self, router_id: _Optional[str] = ..., profile: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+
+class SetWorkerStateRequest(_message.Message):
+    __slots__ = ("worker_id", "state")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    state: _worker_pb2.WorkerState
+    def __init__(self, worker_id: _Optional[str] = ..., state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ...) -> None: ...
+
+class SetWorkerStateResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: _worker_pb2.WorkerState
+    def __init__(self, state: _Optional[_Union[_worker_pb2.WorkerState, str]] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id", "tenant")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("worker_id", "chosen", "cost_s", "queue_s", "compute_s", "transfer_s", "step_s", "cached_tokens", "tokens_ahead", "free_blocks", "note")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    COST_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    chosen: bool
+    cost_s: float
+    queue_s: float
+    compute_s: float
+    transfer_s: float
+    step_s: float
+    cached_tokens: int
+    tokens_ahead: int
+    free_blocks: int
+    note: str
+    def __init__(self, worker_id: _Optional[str] = ..., chosen: bool = ..., cost_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., step_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., tokens_ahead: _Optional[int] = ..., free_blocks: _Optional[int] = ..., note: _Optional[str] = ...) -> None: ...
+
+class PlacementDecision(_message.Message):
+    __slots__ = ("attempt", "age_s", "policy", "reason", "decode_worker", "prefill_worker", "predicted_ttft_s", "decode", "prefill", "ended")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    age_s: float
+    policy: str
+    reason: str
+    decode_worker: str
+    prefill_worker: str
+    predicted_ttft_s: float
+    decode: _containers.RepeatedCompositeFieldContainer[Candidate]
+    prefill: _containers.RepeatedCompositeFieldContainer[Candidate]
+    ended: str
+    def __init__(self, attempt: _Optional[int] = ..., age_s: _Optional[float] = ..., policy: _Optional[str] = ..., reason: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., decode: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., prefill: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., ended: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("request_id", "state", "decisions")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    state: str
+    decisions: _containers.RepeatedCompositeFieldContainer[PlacementDecision]
+    def __init__(self, request_id: _Optional[str] = ..., state: _Optional[str] = ..., decisions: _Optional[_Iterable[_Union[PlacementDecision, _Mapping]]] = ...) -> None: ...

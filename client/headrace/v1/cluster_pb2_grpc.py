@@ -44,6 +44,16 @@ class ClusterStub(object):
                 request_serializer=headrace_dot_v1_dot_cluster__pb2.StatusRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_cluster__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.SetWorkerState = channel.unary_unary(
+                '/headrace.v1.Cluster/SetWorkerState',
+                request_serializer=headrace_dot_v1_dot_cluster__pb2.SetWorkerStateRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_cluster__pb2.SetWorkerStateResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/headrace.v1.Cluster/Explain',
+                request_serializer=headrace_dot_v1_dot_cluster__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_cluster__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer(object):
@@ -64,6 +74,23 @@ class ClusterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetWorkerState(self, request, context):
+        """Moves a worker towards leaving, or back to serving. Needs the cluster's token.
+        Side effects: as worker.proto's SetState. Idempotent; a retry is safe. NOT_FOUND for a worker that is
+        not connected.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Why a request that is running or finished lately was placed where it was. Callers with the cluster's token see
+        every tenant's requests, others their own. No side effects; retry is safe.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +103,16 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=headrace_dot_v1_dot_cluster__pb2.StatusRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_cluster__pb2.StatusResponse.SerializeToString,
+            ),
+            'SetWorkerState': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetWorkerState,
+                    request_deserializer=headrace_dot_v1_dot_cluster__pb2.SetWorkerStateRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_cluster__pb2.SetWorkerStateResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=headrace_dot_v1_dot_cluster__pb2.ExplainRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_cluster__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +169,60 @@ class Cluster(object):
             '/headrace.v1.Cluster/Status',
             headrace_dot_v1_dot_cluster__pb2.StatusRequest.SerializeToString,
             headrace_dot_v1_dot_cluster__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetWorkerState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.Cluster/SetWorkerState',
+            headrace_dot_v1_dot_cluster__pb2.SetWorkerStateRequest.SerializeToString,
+            headrace_dot_v1_dot_cluster__pb2.SetWorkerStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.Cluster/Explain',
+            headrace_dot_v1_dot_cluster__pb2.ExplainRequest.SerializeToString,
+            headrace_dot_v1_dot_cluster__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,15 @@ class ClusterStub:
     """
     Status: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.StatusRequest, _cluster_pb2.StatusResponse]
     """What the cluster is and does now. No side effects; retry is safe."""
+    SetWorkerState: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetWorkerStateRequest, _cluster_pb2.SetWorkerStateResponse]
+    """Moves a worker towards leaving, or back to serving. Needs the cluster's token.
+    Side effects: as worker.proto's SetState. Idempotent; a retry is safe. NOT_FOUND for a worker that is
+    not connected.
+    """
+    Explain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ExplainRequest, _cluster_pb2.ExplainResponse]
+    """Why a request that is running or finished lately was placed where it was. Callers with the cluster's token see
+    every tenant's requests, others their own. No side effects; retry is safe.
+    """
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -47,6 +56,15 @@ class ClusterAsyncStub(ClusterStub):
     """
     Status: _aio.UnaryUnaryMultiCallable[_cluster_pb2.StatusRequest, _cluster_pb2.StatusResponse]  # type: ignore[assignment]
     """What the cluster is and does now. No side effects; retry is safe."""
+    SetWorkerState: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetWorkerStateRequest, _cluster_pb2.SetWorkerStateResponse]  # type: ignore[assignment]
+    """Moves a worker towards leaving, or back to serving. Needs the cluster's token.
+    Side effects: as worker.proto's SetState. Idempotent; a retry is safe. NOT_FOUND for a worker that is
+    not connected.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ExplainRequest, _cluster_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Why a request that is running or finished lately was placed where it was. Callers with the cluster's token see
+    every tenant's requests, others their own. No side effects; retry is safe.
+    """
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -66,5 +84,26 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.StatusResponse, _abc.Awaitable[_cluster_pb2.StatusResponse]]:
         """What the cluster is and does now. No side effects; retry is safe."""
+
+    @_abc_1.abstractmethod
+    def SetWorkerState(
+        self,
+        request: _cluster_pb2.SetWorkerStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.SetWorkerStateResponse, _abc.Awaitable[_cluster_pb2.SetWorkerStateResponse]]:
+        """Moves a worker towards leaving, or back to serving. Needs the cluster's token.
+        Side effects: as worker.proto's SetState. Idempotent; a retry is safe. NOT_FOUND for a worker that is
+        not connected.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _cluster_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ExplainResponse, _abc.Awaitable[_cluster_pb2.ExplainResponse]]:
+        """Why a request that is running or finished lately was placed where it was. Callers with the cluster's token see
+        every tenant's requests, others their own. No side effects; retry is safe.
+        """
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

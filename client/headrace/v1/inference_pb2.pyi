@@ -95,7 +95,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "timeout_s", "resumable", "next_index", "resume_handle")
+    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "timeout_s", "resumable", "next_index", "resume_handle", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class GenerateRequest(_message.Message):
     RESUMABLE_FIELD_NUMBER: _ClassVar[int]
     NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
     RESUME_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -114,7 +115,8 @@ class GenerateRequest(_message.Message):
     resumable: bool
     next_index: int
     resume_handle: bytes
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_s: _Optional[float] = ..., resumable: bool = ..., next_index: _Optional[int] = ..., resume_handle: _Optional[bytes] = ...) -> None: ...
+    priority: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_s: _Optional[float] = ..., resumable: bool = ..., next_index: _Optional[int] = ..., resume_handle: _Optional[bytes] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")
@@ -125,7 +127,7 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("request_id", "model", "messages", "sampling", "timeout_s", "resumable", "next_index", "resume_handle")
+    __slots__ = ("request_id", "model", "messages", "sampling", "timeout_s", "resumable", "next_index", "resume_handle", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +136,7 @@ class ChatRequest(_message.Message):
     RESUMABLE_FIELD_NUMBER: _ClassVar[int]
     NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
     RESUME_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
@@ -142,7 +145,8 @@ class ChatRequest(_message.Message):
     resumable: bool
     next_index: int
     resume_handle: bytes
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_s: _Optional[float] = ..., resumable: bool = ..., next_index: _Optional[int] = ..., resume_handle: _Optional[bytes] = ...) -> None: ...
+    priority: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., timeout_s: _Optional[float] = ..., resumable: bool = ..., next_index: _Optional[int] = ..., resume_handle: _Optional[bytes] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "delta", "choice_finished", "done")
@@ -237,7 +241,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., fetched_tokens: _Optional[int] = ..., codec: _Optional[str] = ..., codec_reason: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_s", "reserve_s", "prefill_s", "transfer_s", "handoff_s", "decode_s", "ttft_s", "total_s", "prefill_worker", "decode_worker", "first_step_s", "frame_s", "fetch_s", "fetched_from")
+    __slots__ = ("queue_s", "reserve_s", "prefill_s", "transfer_s", "handoff_s", "decode_s", "ttft_s", "total_s", "prefill_worker", "decode_worker", "first_step_s", "frame_s", "fetch_s", "fetched_from", "attempts", "predicted_ttft_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     RESERVE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +256,8 @@ class Timing(_message.Message):
     FRAME_S_FIELD_NUMBER: _ClassVar[int]
     FETCH_S_FIELD_NUMBER: _ClassVar[int]
     FETCHED_FROM_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     reserve_s: float
     prefill_s: float
@@ -266,7 +272,9 @@ class Timing(_message.Message):
     frame_s: float
     fetch_s: float
     fetched_from: str
-    def __init__(self, queue_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., first_step_s: _Optional[float] = ..., frame_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., fetched_from: _Optional[str] = ...) -> None: ...
+    attempts: int
+    predicted_ttft_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., first_step_s: _Optional[float] = ..., frame_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., fetched_from: _Optional[str] = ..., attempts: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ("usage", "timing")

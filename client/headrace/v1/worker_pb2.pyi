@@ -43,36 +43,42 @@ class RequestKey(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "reserve", "start_prefill", "cancel", "acknowledge", "resume")
+    __slots__ = ("hello", "reserve", "start_prefill", "cancel", "acknowledge", "resume", "snapshot", "set_state")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    SET_STATE_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     reserve: Reserve
     start_prefill: StartPrefill
     cancel: CancelAttempt
     acknowledge: AcknowledgeTokens
     resume: ResumeStream
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., acknowledge: _Optional[_Union[AcknowledgeTokens, _Mapping]] = ..., resume: _Optional[_Union[ResumeStream, _Mapping]] = ...) -> None: ...
+    snapshot: BlockSnapshotRequest
+    set_state: SetState
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., acknowledge: _Optional[_Union[AcknowledgeTokens, _Mapping]] = ..., resume: _Optional[_Union[ResumeStream, _Mapping]] = ..., snapshot: _Optional[_Union[BlockSnapshotRequest, _Mapping]] = ..., set_state: _Optional[_Union[SetState, _Mapping]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "reserved", "prefill_finished", "step", "failed", "report")
+    __slots__ = ("hello", "reserved", "prefill_finished", "step", "failed", "report", "blocks")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FINISHED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     reserved: Reserved
     prefill_finished: PrefillFinished
     step: StepOutput
     failed: AttemptFailed
     report: WorkerReport
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., prefill_finished: _Optional[_Union[PrefillFinished, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ...) -> None: ...
+    blocks: BlockEvents
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., prefill_finished: _Optional[_Union[PrefillFinished, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "router_epoch")
@@ -97,7 +103,7 @@ class Identity(_message.Message):
     def __init__(self, weights_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., arithmetic: _Optional[str] = ..., layout: _Optional[str] = ..., handoff_major: _Optional[int] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "state", "identity", "kv_address", "block_tokens", "num_blocks", "max_sequences", "max_context", "invariant", "pid", "cpus", "protocol_version", "vocab_size")
+    __slots__ = ("worker_id", "epoch", "role", "state", "identity", "kv_address", "block_tokens", "num_blocks", "max_sequences", "max_context", "invariant", "pid", "cpus", "protocol_version", "vocab_size", "key_identity", "kv_bytes_per_token")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +119,8 @@ class WorkerHello(_message.Message):
     CPUS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KEY_IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: Role
@@ -128,19 +136,31 @@ class WorkerHello(_message.Message):
     cpus: _containers.RepeatedScalarFieldContainer[int]
     protocol_version: int
     vocab_size: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., kv_address: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_context: _Optional[int] = ..., invariant: bool = ..., pid: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    key_identity: str
+    kv_bytes_per_token: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., kv_address: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_context: _Optional[int] = ..., invariant: bool = ..., pid: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ..., vocab_size: _Optional[int] = ..., key_identity: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class GenerationTask(_message.Message):
-    __slots__ = ("prompt_token_ids", "sampling", "eos_token_ids", "fidelity")
+    __slots__ = ("prompt_token_ids", "sampling", "eos_token_ids", "fidelity", "so_far")
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    SO_FAR_FIELD_NUMBER: _ClassVar[int]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _inference_pb2.SamplingParams
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     fidelity: str
-    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., fidelity: _Optional[str] = ...) -> None: ...
+    so_far: _containers.RepeatedCompositeFieldContainer[ChoiceSoFar]
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., fidelity: _Optional[str] = ..., so_far: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ...) -> None: ...
+
+class ChoiceSoFar(_message.Message):
+    __slots__ = ("token_ids", "finished")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finished: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finished: bool = ...) -> None: ...
 
 class Reserve(_message.Message):
     __slots__ = ("key", "task", "remaining_s", "local_prefill")
@@ -332,8 +352,52 @@ class KvReport(_message.Message):
     write_backs_dropped: int
     def __init__(self, pushed_bytes_by_codec: _Optional[_Mapping[str, int]] = ..., pushed_bytes_by_carrier: _Optional[_Mapping[str, int]] = ..., pushed_wire_bytes: _Optional[int] = ..., last_reason_by_codec: _Optional[_Mapping[str, str]] = ..., fetched_tokens_by_source: _Optional[_Mapping[str, int]] = ..., write_backs_dropped: _Optional[int] = ...) -> None: ...
 
+class LinkSpeed(_message.Message):
+    __slots__ = ("kv_address", "bytes_per_s", "fixed_s")
+    KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FIXED_S_FIELD_NUMBER: _ClassVar[int]
+    kv_address: str
+    bytes_per_s: float
+    fixed_s: float
+    def __init__(self, kv_address: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., fixed_s: _Optional[float] = ...) -> None: ...
+
+class BlockEvents(_message.Message):
+    __slots__ = ("number", "is_snapshot", "continues", "changes", "num_blocks", "digest")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    IS_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    CONTINUES_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    is_snapshot: bool
+    continues: bool
+    changes: _containers.RepeatedCompositeFieldContainer[BlockChange]
+    num_blocks: int
+    digest: int
+    def __init__(self, number: _Optional[int] = ..., is_snapshot: bool = ..., continues: bool = ..., changes: _Optional[_Iterable[_Union[BlockChange, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
+
+class BlockChange(_message.Message):
+    __slots__ = ("added", "keys")
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    added: bool
+    keys: bytes
+    def __init__(self, added: bool = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class BlockSnapshotRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SetState(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: WorkerState
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ...) -> None: ...
+
 class WorkerReport(_message.Message):
-    __slots__ = ("state", "running_sequences", "waiting_sequences", "queued_prefill_tokens", "free_blocks", "private_blocks", "cached_blocks", "pins", "leases", "step_s", "refused_stale", "preemptions", "steps", "kv", "drafts", "drafts_kept")
+    __slots__ = ("state", "running_sequences", "waiting_sequences", "queued_prefill_tokens", "free_blocks", "private_blocks", "cached_blocks", "pins", "leases", "step_s", "refused_stale", "preemptions", "steps", "kv", "drafts", "drafts_kept", "prefill_s_per_token", "links")
     STATE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -350,6 +414,8 @@ class WorkerReport(_message.Message):
     KV_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_KEPT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     running_sequences: int
     waiting_sequences: int
@@ -366,4 +432,6 @@ class WorkerReport(_message.Message):
     kv: KvReport
     drafts: int
     drafts_kept: int
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., private_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., pins: _Optional[int] = ..., leases: _Optional[int] = ..., step_s: _Optional[float] = ..., refused_stale: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., kv: _Optional[_Union[KvReport, _Mapping]] = ..., drafts: _Optional[int] = ..., drafts_kept: _Optional[int] = ...) -> None: ...
+    prefill_s_per_token: float
+    links: _containers.RepeatedCompositeFieldContainer[LinkSpeed]
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., private_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., pins: _Optional[int] = ..., leases: _Optional[int] = ..., step_s: _Optional[float] = ..., refused_stale: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., kv: _Optional[_Union[KvReport, _Mapping]] = ..., drafts: _Optional[int] = ..., drafts_kept: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., links: _Optional[_Iterable[_Union[LinkSpeed, _Mapping]]] = ...) -> None: ...
