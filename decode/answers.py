@@ -52,6 +52,17 @@ class ChoiceAnswer:
         """Tokens kept for a replay."""
         return len(self._kept)
 
+    def go_on_from(self, token_ids: Sequence[int], ended: bool) -> None:
+        """Take the tokens of earlier attempts, which the router has, with their text: they bring the text to where it
+        was, and are not sent."""
+        for token_id in token_ids:
+            self.feed(Drawn(token_id))
+        if ended and self.finished is None:
+            self._finish(FinishReason.STOP)
+        self._first_kept = self._next_sent = len(token_ids)
+        self._finish_sent = ended
+        self._kept.clear()
+
     def feed(self, drawn: Drawn) -> bool:
         """Add the next token; True where a stop string that the engine cannot see ended the answer with it.
 
@@ -135,6 +146,8 @@ class Answer:
             ChoiceAnswer(choice, tokenizer, task.sampling.stop, hidden)
             for choice in range(task.sampling.n or 1)
         ]
+        for answer, known in zip(self.choices, task.so_far, strict=False):
+            answer.go_on_from(known.token_ids, known.finished)
 
     @property
     def finished(self) -> bool:

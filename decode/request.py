@@ -8,6 +8,7 @@ from itertools import chain
 
 from decode.answers import Answer
 from engine.request import SamplingParams
+from engine.resumption import SoFar
 from headrace.v1 import kvtransfer_pb2, worker_pb2
 from kvtransfer.transports.seam import HandoffRefused
 from worker.facts import identity_digest
@@ -19,13 +20,15 @@ from worker.wire import drafting_from_wire
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A lease and an answer. `bound`: the worst fidelity rank that it takes. Times are of the loop's clock."""
+    """A lease and an answer. `head`: what is computed first, the prompt, and of an answer that goes on what its choices
+    share; `bound`: the worst fidelity rank that it takes. Times are of the loop's clock."""
 
     key: worker_pb2.RequestKey
     link: RouterLink
     lease_id: bytes
     bound: int
-    prompt: Sequence[int]
+    head: Sequence[int]
+    so_far: SoFar
     sampling: SamplingParams
     answer: Answer
     local_prefill: bool
@@ -34,7 +37,7 @@ class Request:
     fetch: PrefixFetch | None = None
     brought: Brought = field(default_factory=Brought)
     cached_tokens: int | None = None
-    """Of the prompt, what its blocks held when it got them; None until then."""
+    """Of the head, what its blocks held when it got them; None until then."""
     began: float = 0.0
     """When it got its blocks."""
     decoding: bool = False
@@ -44,6 +47,11 @@ class Request:
     def __post_init__(self) -> None:
         """It was heard of now."""
         self.generation = self.link.generation
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens before the answer."""
+        return len(self.head) - self.so_far.num_shared
 
     @property
     def stage(self) -> str:
@@ -72,9 +80,9 @@ def check_handoff(request: Request, handoff: kvtransfer_pb2.Handoff, context: Wo
         raise HandoffRefused("IDENTITY_MISMATCH", text)
     facts = (
         ("request", handoff.key, request.key),
-        ("number of prompt tokens", handoff.num_tokens, len(request.prompt)),
+        ("number of tokens", handoff.num_tokens, len(request.head)),
         ("number of first tokens", len(handoff.first_tokens), request.sampling.n),
-        ("penalty boundary", handoff.penalty_boundary, len(request.prompt)),
+        ("penalty boundary", handoff.penalty_boundary, request.num_prompt),
     )
     for name, given, expected in facts:
         if given != expected:
@@ -110,7 +118,7 @@ def prefilled_here(request: Request, now: float) -> worker_pb2.WorkerMessage:
             key=request.key,
             prefill_s=now - request.began,
             cached_tokens=cached,
-            computed_tokens=len(request.prompt) - cached,
+            computed_tokens=len(request.head) - cached,
             fetched_tokens=min(request.brought.num_tokens, cached),
             fetched_from=request.brought.source,
             fetch_s=request.brought.fetch_s,

@@ -33,6 +33,7 @@ from worker.wire import (
     failure,
     first_tokens_from_wire,
     sampling_params,
+    so_far_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class DecodeService:
         """A request with a lease, and no blocks yet."""
         bound = strictest((self._context.config.fidelity, message.task.fidelity)).rank
         # May raise, so before there is a lease.
+        so_far = so_far_of(message.task)
         answer = Answer(message.key, self._context.tokenizer, message.task)
         lease_id = self._leases.grant(
             _request_id(message.key),
@@ -120,7 +122,8 @@ class DecodeService:
             link=link,
             lease_id=lease_id,
             bound=bound,
-            prompt=list(message.task.prompt_token_ids),
+            head=so_far.head(message.task.prompt_token_ids),
+            so_far=so_far,
             sampling=sampling_params(message.task),
             answer=answer,
             local_prefill=message.local_prefill,
@@ -134,7 +137,7 @@ class DecodeService:
         root_key = self._context.root_key(request.key.tenant)
         return Wanted(
             tenant=request.key.tenant,
-            keys=self._engine.prefix_keys(root_key, request.prompt),
+            keys=self._engine.prefix_keys(root_key, request.head),
             bound=request.bound,
             deadline=request.deadline,
         )
@@ -148,16 +151,18 @@ class DecodeService:
         """Blocks for a request that has a lease, and the word that it is reserved."""
         num_choices, root_key = request.sampling.n, self._context.root_key(request.key.tenant)
         cached_tokens = self._leases.reserve(
-            request.lease_id, request.prompt, num_choices, root_key, request.bound, request.local_prefill
+            request.lease_id, request.head, num_choices, root_key, request.bound, request.local_prefill
         )
         if cached_tokens is None:
-            text = f"no room for a prompt of {len(request.prompt)} tokens and {num_choices} choices now"
+            text = f"no room for a prompt of {len(request.head)} tokens and {num_choices} choices now"
             self._fail(request, NO_CAPACITY, text, retryable=True)
             return
         request.cached_tokens, request.began = cached_tokens, self._context.clock()
         request.send(reserved(request, self._context))
         if request.local_prefill:
-            self._engine.submit(request.lease_id, request.prompt, request.sampling, prefill_only=False)
+            self._engine.submit(
+                request.lease_id, request.head, request.sampling, prefill_only=False, so_far=request.so_far
+            )
             self._context.wake_engine()
         self._context.changed()
 
@@ -224,7 +229,9 @@ class DecodeService:
             raise HandoffRefused("UNKNOWN_REQUEST", "the request has ended here")
         check_handoff(request, handoff, self._context)
         first, drafting = first_tokens_from_wire(handoff.first_tokens), drafting_from_wire(handoff)
-        self._engine.adopt(lease_id, request.prompt, request.sampling, first, fidelity, drafting)
+        self._engine.adopt(
+            lease_id, request.head, request.sampling, first, fidelity, drafting, request.so_far
+        )
         # Posted before the lock is let go, so that it comes before any step's tokens.
         self._context.loop.call_soon_threadsafe(self._adopted, lease_id, first)
         self._context.wake_engine()
@@ -235,7 +242,8 @@ class DecodeService:
             return
         request.decoding = True
         for choice, drawn in enumerate(first):
-            self._feed(request, choice, 0, drawn)
+            if request.so_far.draws(choice):
+                self._feed(request, choice, request.so_far.num_shared, drawn)
         self._deliver((request,), 0.0)
 
     # --- steps ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def apply_draws(
         if sequence.status is not SequenceStatus.RUNNING:
             continue  # stopped while the step computed
         results = drawn[sequence.sequence_id] if row.draws else []
-        if sequence.num_generated:
+        if not sequence.is_head:
             events += _apply_answer(row, results, scheduler)
             continue
         scheduler.computed(row)
@@ -58,7 +58,7 @@ def _apply_first(
     scheduler: Scheduler,
     begin_answers: Callable[[EngineSequence, Sequence[Drawn]], Any],
 ) -> list[Event]:
-    """The first token of every choice."""
+    """The token after the head of every choice that draws it there."""
     tokens = [result for result in results if isinstance(result, Drawn)]
     failure = next((result for result in results if isinstance(result, SampleFailure)), None)
     if failure is not None:
@@ -68,8 +68,13 @@ def _apply_first(
         scheduler.remove(sequence, SequenceStatus.HELD)
         return [PrefillDone(sequence.lease_id, tuple(tokens))]
     scheduler.remove(sequence, SequenceStatus.FINISHED)
+    so_far = sequence.so_far
     begin_answers(sequence, tokens)
-    return [TokenDrawn(sequence.lease_id, choice, 0, token) for choice, token in enumerate(tokens)]
+    return [
+        TokenDrawn(sequence.lease_id, choice, so_far.num_shared, token)
+        for choice, token in enumerate(tokens)
+        if so_far.draws(choice)
+    ]
 
 
 def _failed(

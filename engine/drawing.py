@@ -34,7 +34,7 @@ def draw(logits: np.ndarray, rows: Sequence[StepRow], max_context: int) -> dict[
 
 def _draw_row(logits: np.ndarray, row: StepRow, max_context: int) -> list[Result]:
     sequence = row.sequence
-    if sequence.choice == 0 and sequence.num_generated == 0:
+    if sequence.is_head:
         choices = range(sequence.sampling.n)
         samples = [_sample_row(sequence, sequence.tokens, choice, max_context) for choice in choices]
         return sample(np.repeat(logits, len(choices), axis=0), samples)

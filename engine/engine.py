@@ -23,6 +23,7 @@ from engine.pool import BlockPool
 from engine.probe import is_invariant
 from engine.request import Drawn, SamplingParams, SequenceStatus
 from engine.request import Sequence as EngineSequence
+from engine.resumption import NOTHING, SoFar
 from engine.runner import EngineOptions, ModelRunner
 from engine.scheduler import Scheduler, StepLimits, StepPlan, choice_owner, owner_of
 from engine.set_aside import bring_back, set_aside
@@ -130,14 +131,21 @@ class Engine:
             return taken_up.num_tokens
 
     def submit(
-        self, lease_id: bytes, prompt: Sequence[int], sampling: SamplingParams, *, prefill_only: bool
+        self,
+        lease_id: bytes,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        prefill_only: bool,
+        so_far: SoFar = NOTHING,
     ) -> EngineSequence:
-        """Compute the prompt of a reserved lease, and go on to the answer unless `prefill_only`."""
+        """Compute the prompt of a reserved lease, and go on to the answer unless `prefill_only`. Of an answer that goes
+        on, `prompt` is the head of `so_far`, here and elsewhere."""
         drafter = None if prefill_only else self._drafter(prompt)
         with self.lock:
             lease = self._leases[lease_id]
             lease.trusted = True
-            sequence = self._sequence(lease_id, 0, prompt, sampling)
+            sequence = self._head(lease_id, prompt, sampling, so_far)
             sequence.take_up(lease.taken_up)
             sequence.prefill_only = prefill_only
             sequence.drafter = drafter
@@ -152,8 +160,9 @@ class Engine:
         first: Sequence[Drawn],
         fidelity: int = 0,
         drafting: DraftState | None = None,
+        so_far: SoFar = NOTHING,
     ) -> list[EngineSequence]:
-        """Go on with a prompt whose KV was written into the lease's blocks; `first[i]` is choice i's first token.
+        """Go on with a prompt whose KV was written into the lease's blocks; `first[i]` is choice i's token after it.
 
         `fidelity`: the worst rank of what was written; the blocks are cached under it. `drafting`: what a drafter
         made of the prompt, where that is known. Raises ValueError where one of them is not of such a lease. Emits
@@ -169,7 +178,7 @@ class Engine:
             lease.trusted = True
             self.pool.worsen(lease_id, fidelity)
             self.cache.fence()
-            parent = self._sequence(lease_id, 0, prompt, sampling)
+            parent = self._head(lease_id, prompt, sampling, so_far)
             parent.drafter = drafter
             parent.num_computed = len(prompt)
             self.scheduler.seal(parent)
@@ -361,19 +370,20 @@ class Engine:
     # --- choices -------------------------------------------------------------------------------
 
     def _begin_answers(self, parent: EngineSequence, first: Sequence[Drawn]) -> list[EngineSequence]:
-        """Start every choice that its first token did not end, each on blocks of its own."""
-        prompt = list(parent.tokens)
+        """Start every choice that has not ended, each on blocks of its own."""
+        head, so_far = list(parent.tokens), parent.so_far
         drafter = parent.drafter.copy() if parent.drafter is not None else None
         going = []
         for choice, token in enumerate(first):
-            if token.finish is not None:
+            if choice in so_far.ended or (so_far.draws(choice) and token.finish is not None):
                 continue
             sequence = parent
             if choice > 0:
-                sequence = self._sequence(parent.lease_id, choice, prompt, parent.sampling)
+                sequence = self._sequence(parent.lease_id, choice, head, parent.num_prompt, parent.sampling)
                 sequence.drafter = drafter.copy() if drafter is not None else None
                 self._fork(parent, sequence)
-            sequence.append(token.token_id)
+            for token_id in so_far.rest(choice) or (token.token_id,):
+                sequence.append(token_id)
             self.scheduler.add(sequence)
             going.append(sequence)
         return going
@@ -390,16 +400,23 @@ class Engine:
         self.cache.windows.copy(self.pool.slot(source), self.pool.slot(owner))
         child.num_computed = parent.num_computed
 
+    def _head(
+        self, lease_id: bytes, head: Sequence[int], sampling: SamplingParams, so_far: SoFar
+    ) -> EngineSequence:
+        sequence = self._sequence(lease_id, 0, head, len(head) - so_far.num_shared, sampling)
+        sequence.so_far = so_far
+        return sequence
+
     def _sequence(
-        self, lease_id: bytes, choice: int, prompt: Sequence[int], sampling: SamplingParams
+        self, lease_id: bytes, choice: int, tokens: Sequence[int], num_prompt: int, sampling: SamplingParams
     ) -> EngineSequence:
         lease = self._leases[lease_id]
         return EngineSequence(
             sequence_id=next(self._sequence_ids),
             lease_id=lease_id,
             choice=choice,
-            tokens=list(prompt),
-            num_prompt=len(prompt),
+            tokens=list(tokens),
+            num_prompt=num_prompt,
             sampling=sampling,
             root_key=lease.root_key,
             bound=lease.bound,

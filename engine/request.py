@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from engine.drafter import Drafter
+from engine.resumption import NOTHING, SoFar
 from engine.windows import TakenUp
 
 
@@ -110,7 +111,8 @@ class Sequence:
     `tokens` is the prompt followed by the answer so far; `num_computed` says for how many of its first
     positions keys and values are in the cache. `root_key` starts the chain of block keys (kvtransfer.keys):
     it separates tenants and models. `bound` and `tenant` are its lease's, for when it takes blocks from the
-    cache again (engine/pool.py). `drafter` guesses at its next tokens; None where none are wanted.
+    cache again (engine/pool.py). `drafter` guesses at its next tokens; None where none are wanted. `so_far`: where the
+    answer goes on.
     Where windows are brought back by computing: there are none before `window_start`, and of tokens before
     `replayed_to` all else is cached.
     """
@@ -128,6 +130,7 @@ class Sequence:
     bound: int = 0
     tenant: str = ""
     drafter: Drafter | None = None
+    so_far: SoFar = NOTHING
     set_aside: SetAside | None = None
     window_start: int = 0
     replayed_to: int = 0
@@ -141,6 +144,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Answer tokens drawn so far."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is still what all choices share: the prompt, of a resumed answer more."""
+        return self.num_generated == self.so_far.num_shared and not self.choice
 
     def take_up(self, taken_up: TakenUp) -> None:
         """Go on from a cached prefix."""

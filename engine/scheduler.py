@@ -230,7 +230,7 @@ class Scheduler:
 
     def _guess(self, sequence: Sequence) -> list[int]:
         """Guesses that could be kept, and that fit into the blocks which the sequence has."""
-        if sequence.drafter is None or not sequence.num_generated:
+        if sequence.drafter is None or sequence.is_head:
             return []
         room_tokens = len(self.pool.blocks(owner_of(sequence))) * self.pool.block_tokens
         end = min(room_tokens, self.limits.max_context)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvtransfer.layouts import Paged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from kvtransfer.layouts import CacheLayout, Piece, Plane
 
@@ -36,7 +36,41 @@ def find_gap(layout: CacheLayout, pieces: Iterable[Piece], start_token: int, num
     return None
 
 
+def leading_tokens(layout: CacheLayout, pieces: Iterable[Piece], start_token: int, num_tokens: int) -> int:
+    """Up to which position every paged plane has landed without a gap, where positions below `start_token` are held
+    already. Windows do not count: they belong to one position, not to what is before it."""
+    by_plane: dict[str, list[Piece]] = {plane.name: [] for plane in layout.planes}
+    for piece in pieces:
+        by_plane[piece.plane].append(piece)
+    reached = num_tokens
+    for plane in layout.planes:
+        if isinstance(plane.kind, Paged):
+            needed = needed_entries(plane, start_token, num_tokens)
+            entries = min(_reached(runs, needed) for _, runs in _cell_runs(plane, by_plane[plane.name]))
+            reached = min(reached, max(start_token, entries * plane.kind.tokens_per_entry))
+    return reached
+
+
+def _reached(runs: Sequence[tuple[int, int]], needed: range) -> int:
+    """The end of what covers `needed` from its beginning without a gap."""
+    reached = needed.start
+    for start, stop in runs:
+        if start > reached:
+            break
+        reached = max(reached, stop)
+    return reached
+
+
 def _plane_gap(plane: Plane, pieces: Sequence[Piece], needed: range) -> str | None:
+    for where, runs in _cell_runs(plane, pieces):
+        problem = _run_gap(runs, needed)
+        if problem is not None:
+            return f"{where}: {problem}"
+    return None
+
+
+def _cell_runs(plane: Plane, pieces: Sequence[Piece]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """The runs of entries that landed, sorted, of every part of the plane that pieces do not cut further."""
     for layers in _cells([piece.layers for piece in pieces], plane.layers):
         in_layers = [piece for piece in pieces if piece.layers.start <= layers.start < piece.layers.stop]
         for heads in _cells([piece.heads for piece in in_layers], plane.heads):
@@ -46,10 +80,7 @@ def _plane_gap(plane: Plane, pieces: Sequence[Piece], needed: range) -> str | No
                 if piece.heads.start <= heads.start < piece.heads.stop
             )
             where = f"layers [{layers.start}, {layers.stop}), heads [{heads.start}, {heads.stop})"
-            problem = _run_gap(runs, needed)
-            if problem is not None:
-                return f"{where}: {problem}"
-    return None
+            yield where, runs
 
 
 def _cells(boxes: Iterable[range], size: int) -> list[range]:

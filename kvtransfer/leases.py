@@ -37,8 +37,9 @@ A lease expires at its deadline or a TTL after the last frame or renewal; this i
 it. A committed lease does not expire: the request's deadline is then the decode service's to keep (`overdue`).
 
 Memory of a lease that is over may be given back once no frame is being written into it; each such
-lease comes out of `drain_reclaimable` exactly once. A bounded number of leases that are over is
-remembered, so that late and repeated messages get the right answer.
+lease comes out of `drain_reclaimable` exactly once, and `take_landed` says what of it is worth keeping. A
+bounded number of leases that are over is remembered, so that late and repeated messages get the right
+answer.
 """
 
 from __future__ import annotations
@@ -293,6 +294,13 @@ class LeaseTable:
             self._forget(self._over.popitem(last=False)[0])
         return drained
 
+    def take_landed(self, lease_id: bytes) -> tuple[Piece, ...]:
+        """What had landed, whole and verified frame by frame, of a lease that is over; once. Raises KeyError."""
+        lease = self._leases[lease_id]
+        pieces = tuple(piece for _, piece in lease.landed.values())
+        lease.landed.clear()
+        return pieces
+
     def get(self, lease_id: bytes) -> Lease | None:
         """The lease as it stands, without looking at the clock."""
         return self._leases.get(lease_id)
@@ -357,7 +365,6 @@ class LeaseTable:
     def _end(self, lease: Lease, state: LeaseState, cause: str) -> None:
         lease.state = state
         lease.cause = cause
-        lease.landed.clear()
         match state:
             case LeaseState.RELEASED:
                 self.counters.released += 1

@@ -12,6 +12,7 @@ import grpc
 
 from engine.drafter import Drafter
 from engine.request import Drawn, SamplingParams
+from engine.resumption import SoFar
 from headrace.v1 import kvtransfer_pb2, worker_pb2
 from kvtransfer.cluster_token import cluster_metadata
 from kvtransfer.codecs import Fidelity
@@ -24,7 +25,7 @@ from worker.facts import identity_digest
 from worker.link import RouterLink
 from worker.prefixes import Brought, PrefixFetch
 from worker.service import WorkerContext
-from worker.wire import drafting_to_wire, first_tokens_to_wire, sampling_params
+from worker.wire import drafting_to_wire, first_tokens_to_wire, sampling_params, so_far_of
 
 
 class Phase(StrEnum):
@@ -39,7 +40,8 @@ class Phase(StrEnum):
 @dataclass(slots=True, eq=False)
 class Prompt:
     """`message` is what the router asked for, `lease_id` the local lease, `bound` the worst fidelity rank that it
-    takes. Times are of the loop's clock."""
+    takes; `token_ids` are the prompt, and of an answer that goes on what its choices share. Times are of the loop's
+    clock."""
 
     message: worker_pb2.StartPrefill
     link: RouterLink
@@ -48,6 +50,7 @@ class Prompt:
     bound: int
     push: Pusher
     sampling: SamplingParams = field(init=False)
+    so_far: SoFar = field(init=False)
     token_ids: Sequence[int] = field(init=False)
     generation: int = field(init=False)
     phase: Phase = Phase.WAITING
@@ -62,7 +65,8 @@ class Prompt:
     def __post_init__(self) -> None:
         """Take the prompt out of the message once."""
         self.sampling = sampling_params(self.message.task)
-        self.token_ids = list(self.message.task.prompt_token_ids)
+        self.so_far = so_far_of(self.message.task)
+        self.token_ids = self.so_far.head(self.message.task.prompt_token_ids)
         self.generation = self.link.generation
 
     @property
@@ -124,7 +128,8 @@ def open_push(
     """
     lease, kv, layout = message.lease, context.kv, context.engine.layout
     wire = wire_layout(layout, lease.kv_dtypes, bound)
-    missing_tokens = len(message.task.prompt_token_ids) - lease.cached_tokens
+    num_tokens = len(message.task.prompt_token_ids) + so_far_of(message.task).num_shared
+    missing_tokens = num_tokens - lease.cached_tokens
     return PushSession(
         channel=channel,
         lease=LeaseRef(
@@ -166,7 +171,7 @@ def handoff_record(prompt: Prompt, context: WorkerContext, first: Sequence[Drawn
         codec_reason=stats.reason,
         handoff_major=HANDOFF_MAJOR,
         layout=context.engine.layout.identity(),
-        penalty_boundary=len(prompt.token_ids),
+        penalty_boundary=len(prompt.token_ids) - prompt.so_far.num_shared,
         identity=identity_digest(context.identity),
         drafting=drafting_to_wire(Drafter(prompt.token_ids).state),
     )

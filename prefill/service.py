@@ -211,7 +211,9 @@ class PrefillService:
         prompt.cached_tokens = cached_tokens
         prompt.push.declare_fidelity(self._engine.fidelity_of(prompt.lease_id))
         prompt.push.advance(cached_tokens)
-        self._engine.submit(prompt.lease_id, prompt.token_ids, prompt.sampling, prefill_only=True)
+        self._engine.submit(
+            prompt.lease_id, prompt.token_ids, prompt.sampling, prefill_only=True, so_far=prompt.so_far
+        )
         self._context.wake_engine()
 
     def on_step(self, result: StepResult) -> None:

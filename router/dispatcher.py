@@ -1,11 +1,13 @@
 """Sends requests to workers and acts on what workers say.
 
     submit → queue → place → Reserve → (Reserved) → StartPrefill → (PrefillFinished, tokens) → end
-                                └ local prefill: Reserve alone, then tokens
+               ↑                └ local prefill: Reserve alone, then tokens     │
+               └──────── the attempt failed or lost its worker ────────────────┘
 
 Every handler runs to its end on the router's event loop without waiting for anything, so a reader of a
 worker's stream never waits for a client, and no two events of one request interleave. Each placement is an
-attempt with a number of its own; what a worker says of an older one changes nothing.
+attempt with a number of its own; what a worker says of an older one changes nothing. The next attempt goes on
+behind the tokens that are here: it has them computed like a longer prompt, so that none is lost or comes twice.
 """
 
 import logging
@@ -21,14 +23,23 @@ from router.core.fleet import Demand, WorkerRef
 from router.core.lifecycle import RequestState
 from router.core.placement import Placement, PlacementState, Wait, WaitCause
 from router.core.queue import Entry, TokenQueue
+from router.core.retries import RetryBudget
 from router.requests import CallLater, Request, RequestKey
-from router.verdicts import Verdict, failure_of, verdict_on
+from router.verdicts import (
+    Verdict,
+    failure_of,
+    given_up,
+    no_workers,
+    too_large,
+    verdict_on,
+    worker_lost,
+)
 
 logger = logging.getLogger(__name__)
 
 REFUSAL_BACKOFF_S = 0.25
 REPORT_GRACE_S = 0.5  # how long a finished answer waits for its prefill worker's figures
-NO_WORKERS_RETRY_S = 1.0
+ABSENCE_S = 60.0  # how long accepted requests wait for a worker to come back where none is left
 MAX_STALE = 16  # placements in a row that workers may call outdated
 
 
@@ -54,6 +65,8 @@ class Dispatcher:
         call_later: CallLater,
     ) -> None:
         self.queue = queue
+        self.retries = RetryBudget()
+        self._absent_since_s: float | None = None
         self._book = book
         self._placement = placement
         self._links = links
@@ -66,18 +79,13 @@ class Dispatcher:
 
     def submit(self, request: Request, task: worker_pb2.GenerationTask) -> None:
         """Accepts a request that was admitted, or ends it where there is no room or nobody to serve it."""
-        sampling = task.sampling
-        num_prompt_tokens = len(task.prompt_token_ids)
         request.task = task
-        request.demand = Demand(
-            num_prompt_tokens=num_prompt_tokens,
-            max_total_tokens=num_prompt_tokens + sampling.max_tokens,
-            num_choices=sampling.n,
-        )
+        request.demand = _demand(task)
         failure = self._reason_to_refuse(request.key, request.demand, request.deadline_s)
         if failure is not None:
             self._book.end(request, RequestState.FAILED, failure)
             return
+        self.retries.earn()
         request.accepted = messages.accepted(request)
         request.wake()
         self.pump()
@@ -98,16 +106,9 @@ class Dispatcher:
         now = self._clock()
         decision = self._placement.place(demand, now)
         if isinstance(decision, Wait) and decision.cause is WaitCause.NO_WORKERS:
-            return Failure(
-                code=Code.UNAVAILABLE,
-                stage=Stage.QUEUE,
-                cause=decision.cause,
-                message=decision.reason,
-                retryable=True,
-                retry_after_s=NO_WORKERS_RETRY_S,
-            )
+            return no_workers(decision)
         if isinstance(decision, Wait) and decision.cause is WaitCause.TOO_LARGE:
-            return _too_large(decision)
+            return too_large(decision)
         full = self.queue.offer(key, demand.num_prompt_tokens, deadline_s, now)
         if full is None:
             return None
@@ -134,12 +135,24 @@ class Dispatcher:
             self._dispatch(request, request.demand, decision)
             return True
         if decision.cause is WaitCause.TOO_LARGE:
-            self._book.end(request, RequestState.FAILED, _too_large(decision))
+            self._book.end(request, RequestState.FAILED, too_large(decision))
             return True
+        if decision.cause is WaitCause.NO_WORKERS and self._absent_for_s(now) > ABSENCE_S:
+            self._book.end(request, RequestState.FAILED, no_workers(decision))
+            return True
+        if decision.cause is not WaitCause.NO_WORKERS:
+            self._absent_since_s = None
         return False
+
+    def _absent_for_s(self, now: float) -> float:
+        """How long accepted requests have found nobody at all."""
+        if self._absent_since_s is None:
+            self._absent_since_s = now
+        return now - self._absent_since_s
 
     def _dispatch(self, request: Request, demand: Demand, placement: Placement) -> None:
         self._placement.charge(request.key, placement, demand)
+        self._absent_since_s = None
         request.attempt += 1
         request.placement = placement
         request.lease = request.prefill = None
@@ -157,7 +170,24 @@ class Dispatcher:
             request.lifecycle.move(RequestState.RESUMING, self._clock())
         request.lifecycle.move(RequestState.QUEUED, self._clock())
         request.placement = None
+        messages.go_on(request)
+        if request.task is not None:
+            request.demand = _demand(request.task)
         self.queue.put_back(request.entry)
+
+    def _recover(self, request: Request, ref: WorkerRef, failure: Failure) -> None:
+        """Makes another attempt, elsewhere if it can be, where there is budget for one."""
+        refusal = self.retries.refusal(request.setbacks, worker_lost=failure.cause == "WORKER_LOST")
+        if refusal is not None:
+            self._book.end(request, RequestState.FAILED, given_up(failure, refusal))
+            return
+        logger.info(
+            "request %s attempt %d failed in %s: %s; goes on behind %s tokens",
+            request.key.request_id, request.attempt, failure.stage, failure.cause, request.answer.num_tokens,
+        )  # fmt: skip
+        request.failed_on.add(ref)
+        self._cancel_attempt(request, failure.cause)
+        self._requeue(request)
 
     def _on_ending(self, request: Request, state: RequestState) -> None:
         self.queue.remove(request.key)
@@ -204,6 +234,7 @@ class Dispatcher:
         if request.prefill is not None or ref != (request.placement.prefill or request.placement.decode):
             return
         request.prefill = message
+        request.prefills.append(message)
         request.lifecycle.committed(self._clock())
         self._decoding(request)
         self._finish_if_complete(request)
@@ -228,7 +259,10 @@ class Dispatcher:
         error = message.error
         if self._has_handed_over(request, ref):
             return
-        verdict = verdict_on(error, request.lifecycle.state, request.has_tokens)
+        if request.answer.is_complete:
+            self._finish_if_complete(request, wait_for_figures=False)
+            return
+        verdict = verdict_on(error, request.lifecycle.state)
         if verdict is Verdict.OUTDATED and request.num_stale >= MAX_STALE:
             verdict = Verdict.FAIL
         match verdict:
@@ -242,6 +276,9 @@ class Dispatcher:
                 request.attempt += 1 << request.num_stale
                 request.num_stale += 1
                 self._requeue(request)
+                self.pump()
+            case Verdict.RECOVER:
+                self._recover(request, ref, failure_of(error, request.stage))
                 self.pump()
             case Verdict.FAIL:
                 self._book.end(request, RequestState.FAILED, failure_of(error, request.stage))
@@ -274,14 +311,14 @@ class Dispatcher:
         self.pump()
 
     def on_lost(self, ref: WorkerRef, reason: str) -> None:
-        """A worker is gone: the requests that needed it fail, the others go on."""
+        """A worker is gone: the requests that needed it are placed anew, the others go on."""
         for request in self._on(ref):
             if request.placement is None or request.is_over:
                 continue
             if request.answer.is_complete:
-                self._finish_if_complete(request)
+                self._finish_if_complete(request, wait_for_figures=False)
             elif not self._has_handed_over(request, ref):
-                self._book.end(request, RequestState.FAILED, _worker_lost(request, ref, reason))
+                self._recover(request, ref, worker_lost(ref.worker_id, request.stage, reason))
         self.pump()
 
     # --- one request -------------------------------------------------------------------------------------
@@ -297,7 +334,7 @@ class Dispatcher:
     def _has_handed_over(request: Request, ref: WorkerRef) -> bool:
         """Whether the worker was this request's prefill worker, and the decode worker has it already."""
         is_prefill = request.placement is not None and ref == request.placement.prefill
-        return is_prefill and (request.prefill is not None or request.has_tokens)
+        return is_prefill and request.lifecycle.state is RequestState.DECODING
 
     def _on(self, ref: WorkerRef) -> Iterable[Request]:
         return [request for request in self._book.live if request.runs_on(ref)]
@@ -349,15 +386,11 @@ class Dispatcher:
         self._book.end(request, RequestState.FINISHED)
 
 
-def _worker_lost(request: Request, ref: WorkerRef, reason: str) -> Failure:
-    return Failure(
-        code=Code.UNAVAILABLE,
-        stage=request.stage,
-        cause="WORKER_LOST",
-        message=f"worker {ref.worker_id!r} was lost: {reason}",
-        retryable=True,
+def _demand(task: worker_pb2.GenerationTask) -> Demand:
+    num_prompt_tokens = len(task.prompt_token_ids)
+    so_far = max((len(known.token_ids) for known in task.so_far), default=0)
+    return Demand(
+        num_prompt_tokens=num_prompt_tokens + so_far,
+        max_total_tokens=num_prompt_tokens + task.sampling.max_tokens,
+        num_choices=task.sampling.n,
     )
-
-
-def _too_large(wait: Wait) -> Failure:
-    return Failure(code=Code.INVALID_ARGUMENT, stage=Stage.QUEUE, cause=wait.cause, message=wait.reason)

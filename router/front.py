@@ -70,7 +70,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         response = pb.GetResponse(
             request_id=known.key.request_id,
             state=f"REQUEST_STATE_{known.lifecycle.state}",
-            prompt_tokens=known.demand.num_prompt_tokens if known.demand else 0,
+            prompt_tokens=known.accepted.prompt_tokens if known.accepted else 0,
             completion_tokens=known.answer.num_tokens,
         )
         if known.failure is not None:

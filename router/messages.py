@@ -34,6 +34,16 @@ def start_prefill(request: Request, remaining_s: float) -> worker_pb2.RouterMess
     )
 
 
+def go_on(request: Request) -> None:
+    """Puts into a request's task how far its answer has come, for the next attempt."""
+    if request.task is not None and request.has_tokens:
+        del request.task.so_far[:]
+        request.task.so_far.extend(
+            worker_pb2.ChoiceSoFar(token_ids=choice.tokens, finished=choice.finished is not None)
+            for choice in request.answer.choices
+        )
+
+
 def resume(request: Request) -> worker_pb2.RouterMessage:
     """To the decode worker: send tokens again from the first that is missing here."""
     return worker_pb2.RouterMessage(

@@ -17,6 +17,7 @@ from router.core.fleet import Demand, WorkerRef
 from router.core.lifecycle import Lifecycle
 from router.core.placement import Placement
 from router.core.queue import Entry
+from router.core.retries import Setbacks
 
 MAX_MESSAGE_BYTES = 64 << 10
 
@@ -40,7 +41,8 @@ CallLater = Callable[[float, Callable[[], None]], Timer]
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
     """One request. `deadline_s` is monotonic; `body` digests all that determines the answer; `attempt` is the
-    number of the present placement, or of the last one before the first."""
+    number of the present placement, or of the last one before the first; `prefill` is the present attempt's,
+    `prefills` those of all; `failed_on`: where attempts ended without an answer."""
 
     key: RequestKey
     body: bytes
@@ -58,6 +60,9 @@ class Request:
     placement: Placement | None = None
     lease: worker_pb2.Reserved | None = None
     prefill: worker_pb2.PrefillFinished | None = None
+    prefills: list[worker_pb2.PrefillFinished] = field(default_factory=list)
+    setbacks: Setbacks = field(default_factory=Setbacks)
+    failed_on: set[WorkerRef] = field(default_factory=set)
     replay_asked: bool = False
     replay_due: bool = False
     num_stale: int = 0

@@ -10,17 +10,18 @@ def done_message(request: Request, now: float) -> pb.Done:
 
 
 def _usage(request: Request) -> pb.Usage:
-    prompt_tokens = request.demand.num_prompt_tokens if request.demand else 0
+    prompt_tokens = request.accepted.prompt_tokens if request.accepted else 0
     usage = pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=sum(request.answer.num_tokens))
+    for prefill in request.prefills:  # of every attempt: what was lost with a worker was paid for too
+        usage.computed_tokens += prefill.computed_tokens
+        usage.transferred_tokens += prefill.transferred_tokens
+        usage.kv_bytes += prefill.kv_bytes
+        usage.wire_bytes += prefill.wire_bytes
+        usage.fetched_tokens += prefill.fetched_tokens
     if request.prefill is not None:
-        usage.computed_tokens = request.prefill.computed_tokens
-        usage.transferred_tokens = request.prefill.transferred_tokens
-        usage.kv_bytes = request.prefill.kv_bytes
-        usage.wire_bytes = request.prefill.wire_bytes
-        usage.fetched_tokens = request.prefill.fetched_tokens
         usage.codec = request.prefill.codec
         usage.codec_reason = request.prefill.codec_reason
-    elif request.lease is not None:
+    if not request.prefills and request.lease is not None:
         usage.computed_tokens = prompt_tokens - request.lease.cached_tokens
     usage.cached_tokens = max(0, prompt_tokens - usage.computed_tokens)
     return usage
@@ -36,6 +37,7 @@ def _timing(request: Request, now: float) -> pb.Timing:
         ttft_s=times.ttft_s,
         total_s=times.total_s,
         first_step_s=times.first_step_s,
+        attempts=request.setbacks.workers_lost + request.setbacks.failed_attempts + 1,
     )
     if request.prefill is not None:
         timing.prefill_s = request.prefill.prefill_s

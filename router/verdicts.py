@@ -1,12 +1,15 @@
-"""What the router makes of a worker's AttemptFailed."""
+"""What the router makes of an attempt that failed, and what the request's caller is told."""
 
+from dataclasses import replace
 from enum import StrEnum
 
 from headrace.v1 import inference_pb2 as pb
 from router.core.failures import Code, Failure, Stage
 from router.core.lifecycle import RequestState
+from router.core.placement import Wait
 
 MAX_MESSAGE_CHARS = 500
+NO_WORKERS_RETRY_S = 1.0
 
 _NO_ROOM = frozenset({"NO_CAPACITY", "NOT_SERVING"})
 _OUTDATED = frozenset({"STALE_ATTEMPT", "LEASE_CLOSED", "CANCELLED"})
@@ -22,20 +25,21 @@ class Verdict(StrEnum):
 
     NO_ROOM = "NO_ROOM"  # the reservation was refused: back to the queue
     OUTDATED = "OUTDATED"  # the worker knows a later attempt of that name: place it with a higher number
+    RECOVER = "RECOVER"  # another attempt may do better
     FAIL = "FAIL"
 
 
-def verdict_on(error: pb.ErrorDetail, state: RequestState, has_tokens: bool) -> Verdict:
+def verdict_on(error: pb.ErrorDetail, state: RequestState) -> Verdict:
     """By the failure's cause, and by how far the request has come."""
     if state is RequestState.PLACED and error.cause in _NO_ROOM:
         return Verdict.NO_ROOM
-    if error.cause in _OUTDATED and not has_tokens:
+    if error.cause in _OUTDATED:
         return Verdict.OUTDATED
-    return Verdict.FAIL
+    return Verdict.RECOVER if error.retryable else Verdict.FAIL
 
 
 def failure_of(error: pb.ErrorDetail, stage: Stage) -> Failure:
-    """The failure that the client is told; `stage` is used where the worker named none that exists."""
+    """What the client would be told; `stage` is used where the worker named none that exists."""
     cause = error.cause or "WORKER_FAILED"
     default = Code.UNAVAILABLE if error.retryable else Code.INTERNAL
     return Failure(
@@ -46,3 +50,36 @@ def failure_of(error: pb.ErrorDetail, stage: Stage) -> Failure:
         retryable=error.retryable,
         retry_after_s=error.retry_after_s,
     )
+
+
+def worker_lost(worker_id: str, stage: Stage, reason: str) -> Failure:
+    """A worker is gone, and with it an attempt."""
+    return Failure(
+        code=Code.UNAVAILABLE,
+        stage=stage,
+        cause="WORKER_LOST",
+        message=f"worker {worker_id!r} was lost: {reason}",
+        retryable=True,
+    )
+
+
+def too_large(wait: Wait) -> Failure:
+    """No worker could ever take the request."""
+    return Failure(code=Code.INVALID_ARGUMENT, stage=Stage.QUEUE, cause=wait.cause, message=wait.reason)
+
+
+def no_workers(wait: Wait) -> Failure:
+    """Nobody is there to take the request."""
+    return Failure(
+        code=Code.UNAVAILABLE,
+        stage=Stage.QUEUE,
+        cause=wait.cause,
+        message=wait.reason,
+        retryable=True,
+        retry_after_s=NO_WORKERS_RETRY_S,
+    )
+
+
+def given_up(failure: Failure, why: str) -> Failure:
+    """An attempt's failure as the request's last one."""
+    return replace(failure, message=f"{failure.message}; not tried again: {why}")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headrace.v1 import kvtransfer_pb2
+from kvtransfer.coverage import leading_tokens
 from kvtransfer.desk import LeaseDesk
-from kvtransfer.lease_types import Refused, RequestId
+from kvtransfer.lease_types import LeaseState, Refused, RequestId
 from kvtransfer.leases import LeaseTable
 from kvtransfer.transports.seam import HandoffRefused
 
@@ -52,6 +53,7 @@ class LeaseKeeper:
         self._table = table
         self._engine = engine
         self._held: set[bytes] = set()
+        self._landing: dict[bytes, tuple[bytes, Sequence[int]]] = {}  # root key and tokens of what is to land
         self._due: set[bytes] = set()
 
     @property
@@ -116,6 +118,8 @@ class LeaseKeeper:
             )
             if cached_tokens is not None:
                 table.hold_prefix(lease_id, cached_tokens)
+                if not is_computed_here:
+                    self._landing[lease_id] = (root_key, prompt)
             return cached_tokens
 
     def open_prefix(self, lease_id: bytes, keys: Sequence[bytes], bound: int) -> int | None:
@@ -182,12 +186,25 @@ class LeaseKeeper:
     def _reclaim(self, lease_ids: list[bytes]) -> None:
         for lease_id in lease_ids:
             lease = self._table.get(lease_id)
+            self._salvage(lease_id)
             if lease_id in self._held:
                 self._engine.stop(lease_id)
                 self._due.add(lease_id)
             else:
                 self._give_back(lease_id)
             self.on_lost(lease_id, lease.cause if lease else "")
+
+    def _salvage(self, lease_id: bytes) -> None:
+        """Cache what landed of a lease that was not committed: whoever takes the prompt over need not send it again."""
+        lease, pieces = self._table.get(lease_id), self._table.take_landed(lease_id)
+        root_key, prompt = self._landing.pop(lease_id, (b"", ()))
+        if lease is None or lease.state is LeaseState.RELEASED or not pieces:
+            return
+        layout = self._engine.layout
+        num_tokens = leading_tokens(layout, pieces, lease.start_token, len(prompt))
+        keys = self._engine.prefix_keys(root_key, prompt)
+        num_blocks = min(num_tokens // layout.block_tokens, len(keys))
+        self._engine.seal_prefix(lease_id, keys, num_blocks, lease.landed_fidelity)
 
     def _give_back(self, lease_id: bytes) -> None:
         lease = self._table.get(lease_id)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from engine.drafter import DraftState
 from engine.request import Drawn, FinishReason, Logprobs, SamplingParams
+from engine.resumption import NOTHING, SoFar
 from headrace.v1 import inference_pb2, kvtransfer_pb2, worker_pb2
 from kvtransfer.codecs import Fidelity
 
@@ -54,22 +56,37 @@ def num_choices(task: worker_pb2.GenerationTask) -> int:
     return task.sampling.n or 1
 
 
+def so_far_of(task: worker_pb2.GenerationTask) -> SoFar:
+    """What the answer has from earlier attempts. Raises MalformedTask where that cannot be."""
+    if not task.so_far:
+        return NOTHING
+    if len(task.so_far) != num_choices(task):
+        raise MalformedTask(f"{len(task.so_far)} choices so far of {num_choices(task)}")
+    ended = frozenset(choice for choice, known in enumerate(task.so_far) if known.finished)
+    try:
+        return SoFar.of([known.token_ids for known in task.so_far], ended)
+    except ValueError as error:
+        raise MalformedTask(str(error)) from error
+
+
 def check_task(task: worker_pb2.GenerationTask, engine: Engine) -> None:
     """Raise MalformedTask for what would never fit this worker's engine, whatever the router checked."""
-    num_prompt = len(task.prompt_token_ids)
-    if num_prompt == 0:
+    if not task.prompt_token_ids:
         raise MalformedTask("the prompt has no tokens")
     if task.sampling.max_tokens < 1:
         raise MalformedTask(f"max_tokens must be at least 1, not {task.sampling.max_tokens}")
-    if num_prompt >= engine.max_context:
+    so_far_of(task)
+    longest = max((len(known.token_ids) for known in task.so_far), default=0)
+    if len(task.prompt_token_ids) + longest >= engine.max_context:
         raise MalformedTask(
-            f"a prompt of {num_prompt} tokens leaves no room in the worker's context of {engine.max_context}"
+            f"a prompt of {len(task.prompt_token_ids)} tokens and an answer of {longest} so far leave no room in "
+            f"the worker's context of {engine.max_context}"
         )
     if num_choices(task) > engine.max_sequences:
         raise MalformedTask(f"n is {num_choices(task)}; the worker holds {engine.max_sequences} sequences")
     if task.fidelity and task.fidelity not in list(Fidelity):
         raise MalformedTask(f"fidelity is one of {', '.join(Fidelity)}, not {task.fidelity!r}")
-    largest = max(task.prompt_token_ids)
+    largest = max(chain(task.prompt_token_ids, *(known.token_ids for known in task.so_far)))
     if largest >= engine.config.vocab_size:
         raise MalformedTask(f"token id {largest} is outside the vocabulary of {engine.config.vocab_size}")
 

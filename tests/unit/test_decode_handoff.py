@@ -21,7 +21,10 @@ pytestmark = pytest.mark.unit
 IDENTITY = worker_pb2.Identity(weights_digest="w", tokenizer_digest="t", arithmetic="a", layout="l")
 CONTEXT = cast(WorkerContext, SimpleNamespace(identity=IDENTITY))
 KEY = worker_pb2.RequestKey(tenant="t", request_id="r", attempt=1)
-REQUEST = cast(Request, SimpleNamespace(key=KEY, prompt=[1, 2, 3, 4], sampling=SimpleNamespace(n=1)))
+REQUEST = cast(
+    Request,
+    SimpleNamespace(key=KEY, head=[1, 2, 3, 4], num_prompt=4, sampling=SimpleNamespace(n=1)),
+)
 
 
 def record(**changes: Any) -> kvtransfer_pb2.Handoff:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.coverage import find_gap
+from kvtransfer.coverage import find_gap, leading_tokens
 from kvtransfer.layouts import (
     CacheLayout,
     Field,
@@ -173,3 +173,34 @@ def test_pieces_cannot_be_aligned_within_an_entry() -> None:
     layout = CacheLayout((Plane("latent", 3, Paged(4), 1, (Field("x", 8, "float32"),)),), 16)
     with pytest.raises(ValueError, match="no multiple"):
         pieces_for(layout, range(16), align_tokens=6)
+
+
+@settings(deadline=None, max_examples=100)
+@given(layouts, st.integers(0, 40), st.integers(1, 60), st.integers(1, 2000), st.data())
+def test_leading_tokens_are_those_of_which_every_part_landed(
+    layout: CacheLayout, start: int, length: int, target: int, data: st.DataObject
+) -> None:
+    """Against the set of all (plane, layer, head, entry) that landed."""
+    start, num_tokens = start // 16 * 16, start // 16 * 16 + length
+    pieces = pieces_for(layout, range(start, num_tokens), target)
+    landed = [piece for piece in pieces if data.draw(st.booleans())]
+    there = {
+        (piece.plane, layer, head, entry)
+        for piece in landed
+        for layer in piece.layers
+        for head in piece.heads
+        for entry in piece.entries
+    }
+    expected = num_tokens
+    for plane in layout.planes:
+        if isinstance(plane.kind, Paged):
+            size = plane.kind.tokens_per_entry
+            entries = start // size
+            while all(
+                (plane.name, layer, head, entries) in there
+                for layer in range(plane.layers)
+                for head in range(plane.heads)
+            ):
+                entries += 1
+            expected = min(expected, max(start, entries * size))
+    assert leading_tokens(layout, landed, start, num_tokens) == expected

@@ -26,13 +26,18 @@ from router.core.fleet import Identity, Role, WorkerFacts, WorkerRef, WorkerStat
 from router.core.lifecycle import Lifecycle
 from router.core.placement import POLICIES, PlacementState
 from router.core.queue import TokenQueue
-from router.dispatcher import Dispatcher
+from router.core.retries import MAX_FAILED_ATTEMPTS, MAX_WORKERS_LOST
+from router.dispatcher import MAX_STALE, Dispatcher
 from router.requests import Attachment, Request, RequestKey
 
 pytestmark = pytest.mark.unit
 
 NUM_TOKENS = 3
 ANSWER = "abc"
+# The client's own doing, the deadline, and what no other attempt would mend. Lost workers are not among them.
+ALLOWED_ENDS = {
+    "CLIENT_CANCELLED", "CLIENT_DISCONNECTED", "DEADLINE_EXCEEDED", "NAN_LOGITS", "QUEUE_FULL", "NO_WORKERS",
+}  # fmt: skip
 IDENTITY = Identity(weights_digest="", tokenizer_digest="", arithmetic="", layout="", handoff_major=1)
 CONFIG = RouterConfig(
     router_id="r", model_name="m", model_dir=Path("unused"), cluster_secret=b"s" * 16, resume_grace_s=5.0
@@ -106,7 +111,10 @@ class FakeWorker:
         elif name not in self.leases and self.refuses:
             self._fail(message.key, "NO_CAPACITY")
         else:
-            self.leases.setdefault(name, Lease(committed=message.local_prefill)).heard = True
+            so_far = [token for known in message.task.so_far for token in known.token_ids]
+            assert so_far == list(range(len(so_far)))
+            lease = Lease(committed=message.local_prefill, next_index=len(so_far))
+            self.leases.setdefault(name, lease).heard = True
             self._send(reserved=worker_pb2.Reserved(key=message.key))
 
     def _on_start_prefill(self, message):
@@ -132,7 +140,7 @@ class FakeWorker:
     def _on_resume(self, message):
         lease = self.leases.get((message.key.request_id, message.key.attempt))
         if lease is None:
-            self._fail(message.key, "UNKNOWN_REQUEST")
+            self._fail(message.key, "UNKNOWN_REQUEST", retryable=True)
         else:
             lease.heard = True
             lease.next_index = message.next_index[0]
@@ -150,16 +158,16 @@ class FakeWorker:
             output.finished.CopyFrom(pb.ChoiceFinished(num_tokens=NUM_TOKENS))
         self._send(step=worker_pb2.StepOutput(outputs=[output]))
 
-    def fail(self, name):
+    def fail(self, name, cause):
         self.leases.pop(name, None)
         self.jobs.pop(name, None)
-        self._fail(self.key(name), "NAN_LOGITS")
+        self._fail(self.key(name), cause, retryable=cause != "NAN_LOGITS")
 
     def finish_job(self, name, decode):
         del self.jobs[name]
         lease = decode.leases.get(name) if decode is not None else None
         if lease is None:
-            self._fail(self.key(name), "LEASE_GONE")
+            self._fail(self.key(name), "LEASE_GONE", retryable=True)
         else:
             lease.committed = True
             self.jobs_done.add(name)
@@ -180,8 +188,9 @@ class FakeWorker:
     def key(name):
         return worker_pb2.RequestKey(tenant="t", request_id=name[0], attempt=name[1])
 
-    def _fail(self, key, cause):
-        self._send(failed=worker_pb2.AttemptFailed(key=key, error=pb.ErrorDetail(cause=cause)))
+    def _fail(self, key, cause, retryable=False):
+        error = pb.ErrorDetail(cause=cause, retryable=retryable)
+        self._send(failed=worker_pb2.AttemptFailed(key=key, error=error))
 
     def _send(self, **message):
         self.outbox.append(worker_pb2.WorkerMessage(**message))
@@ -328,7 +337,7 @@ class Cluster:
     def attempt_fails(self):
         found = self._one_of((w, name) for w in self.workers.values() for name in (*w.leases, *w.jobs))
         if found is not None:
-            found[0].fail(found[1])
+            found[0].fail(found[1], self.random.choice(["NAN_LOGITS", "ENGINE_FAILED", "LEASE_EXPIRED"]))
 
     def worker_reports(self):
         worker = self._one_of(self.workers.values())
@@ -413,6 +422,15 @@ class Cluster:
                 while worker.outbox:
                     self._deliver_up(worker)
 
+    @staticmethod
+    def _has_no_budget_left(request):
+        setbacks = request.setbacks
+        return (
+            setbacks.workers_lost > MAX_WORKERS_LOST
+            or setbacks.failed_attempts > MAX_FAILED_ATTEMPTS
+            or request.num_stale >= MAX_STALE
+        )
+
     async def _check_listener(self, attachment):
         text, finished, done = "", False, False
         try:
@@ -423,7 +441,9 @@ class Cluster:
                     finished |= message.HasField("choice_finished")
                     done = message.HasField("done")
         except Rejection as rejection:
-            assert rejection.failure.cause
+            assert rejection.failure.cause in ALLOWED_ENDS or self._has_no_budget_left(attachment.request), (
+                rejection.failure
+            )
             assert ANSWER.startswith(text)
         else:
             assert (text, finished, done) == (ANSWER, True, True)

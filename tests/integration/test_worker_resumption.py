@@ -1,0 +1,214 @@
+"""Answers that go on behind the tokens of an earlier attempt, against the same answers that were never interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from decode.answers import Answer
+from engine.request import Drawn
+from headrace.v1 import worker_pb2
+from tests.scripted_router import Choice, SessionClient, generate_locally, hand_over, request_key, task
+from tests.tiny_model import make_tiny_model
+from tests.worker_nodes import (
+    StepGate,
+    assert_nothing_held,
+    random_prompt,
+    session,
+    wait_until,
+    worker,
+)
+from text.tokenizer import Tokenizer
+from worker.config import WorkerRole
+from worker.node import WorkerNode
+
+pytestmark = pytest.mark.integration
+
+NUM_TOKENS = 90  # behind prompts of 70: 58 known ones end a block
+SEEDED = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 7}
+VARIANTS = {
+    "greedy": {},
+    "seeded": SEEDED,
+    "penalties": {**SEEDED, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "at least": {**SEEDED, "min_tokens": 80},
+    "logprobs": {**SEEDED, "logprobs": 4},
+}
+Clients = tuple[SessionClient, SessionClient, SessionClient]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def nodes(model_dir: Path) -> Iterator[tuple[WorkerNode, WorkerNode, WorkerNode]]:
+    """A prefill worker, a decode worker, and one that is never interrupted."""
+    with (
+        worker(model_dir, WorkerRole.PREFILL, max_prompts=8, codec="raw") as prefill,
+        worker(model_dir, WorkerRole.DECODE) as decode,
+        worker(model_dir, WorkerRole.BOTH) as alone,
+    ):
+        yield prefill, decode, alone
+        assert_nothing_held(prefill, decode, alone)
+
+
+@pytest.fixture
+def clients(nodes: tuple[WorkerNode, WorkerNode, WorkerNode]) -> Iterator[Clients]:
+    prefill, decode, alone = nodes
+    with session(prefill) as to_prefill, session(decode) as to_decode, session(alone) as to_alone:
+        yield to_prefill, to_decode, to_alone
+    assert_nothing_held(prefill, decode, alone)
+
+
+def going_on(
+    work: worker_pb2.GenerationTask, whole: Sequence[Choice], known: Sequence[int]
+) -> worker_pb2.GenerationTask:
+    """The task of another attempt, when `known[i]` tokens of choice i are there."""
+    resumed = worker_pb2.GenerationTask()
+    resumed.CopyFrom(work)
+    for choice, num_tokens in zip(whole, known, strict=True):
+        resumed.so_far.add(
+            token_ids=choice.token_ids[:num_tokens], finished=num_tokens == len(choice.token_ids)
+        )
+    return resumed
+
+
+def text_of(model_dir: Path, work: worker_pb2.GenerationTask, token_ids: Sequence[int]) -> str:
+    """What comes with the first tokens of an answer: it may lag them."""
+    answer = Answer(request_key("text"), Tokenizer.open(model_dir), work)
+    for token_id in token_ids:
+        answer.choices[0].feed(Drawn(token_id))
+    return "".join(output.delta.text for output in answer.take())
+
+
+@pytest.mark.parametrize(
+    ("variant", "num_known", "is_local"),
+    [
+        *((variant, num_known, False) for variant in VARIANTS for num_known in (1, 58, 89)),
+        *((variant, 47, True) for variant in VARIANTS),
+    ],
+)
+def test_an_answer_goes_on_as_if_never_interrupted(
+    clients, model_dir, variant, num_known: int, is_local: bool
+) -> None:
+    prefill, decode, alone = clients
+    work = task(random_prompt(3, 70), max_tokens=NUM_TOKENS, ignore_eos=True, **VARIANTS[variant])
+    key = request_key(f"{variant}-{num_known}-{is_local}")
+    (whole,) = generate_locally(alone, key, work)
+    assert len(whole.token_ids) == NUM_TOKENS
+    resumed = going_on(work, [whole], [num_known])
+    if is_local:
+        (rest,) = generate_locally(decode, key, resumed)
+    else:
+        hand_over(prefill, decode, key, resumed)
+        (rest,) = decode.answer(key)
+    assert rest.token_ids == whole.token_ids[num_known:]
+    assert rest.logprobs == whole.logprobs[num_known:]
+    assert rest.finished == whole.finished
+    assert text_of(model_dir, work, whole.token_ids[:num_known]) + rest.text == whole.text
+
+
+@pytest.mark.parametrize("is_local", [False, True], ids=["handed over", "local"])
+@pytest.mark.parametrize("known", [(5, 5, 5), (1, 40, 0), (90, 3, 90), (0, 90, 12), (0, 0, 1)])
+def test_choices_go_on_each_from_its_own_place(
+    clients, model_dir, known: tuple[int, ...], is_local: bool
+) -> None:
+    prefill, decode, alone = clients
+    work = task(
+        random_prompt(4, 100), max_tokens=NUM_TOKENS, ignore_eos=True, n=3, frequency_penalty=0.3, **SEEDED
+    )
+    key = request_key(f"choices-{known}-{is_local}")
+    whole = generate_locally(alone, key, work)
+    resumed = going_on(work, whole, known)
+    going = [choice for choice, num_tokens in enumerate(known) if num_tokens < NUM_TOKENS]
+    if is_local:
+        decode.send(reserve=worker_pb2.Reserve(key=key, task=resumed, remaining_s=60.0, local_prefill=True))
+    else:
+        hand_over(prefill, decode, key, resumed)
+    decode.wait(
+        lambda: sum(choice.finished is not None for choice in decode.so_far(key).values()) == len(going),
+        "the choices that go on",
+    )
+    rest = decode.so_far(key)
+    assert sorted(rest) == going
+    for choice in going:
+        assert rest[choice].token_ids == whole[choice].token_ids[known[choice] :]
+        assert rest[choice].finished == whole[choice].finished
+        shown = text_of(model_dir, work, whole[choice].token_ids[: known[choice]])
+        assert shown + rest[choice].text == whole[choice].text
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_a_stop_string_that_had_begun_still_ends_the_answer(clients, before: int) -> None:
+    prefill, decode, alone = clients
+    prompt = random_prompt(5, 40)
+    (free,) = generate_locally(
+        alone, request_key(f"free-{before}"), task(prompt, max_tokens=40, ignore_eos=True)
+    )
+    stop = free.text[10:14]
+    work = task(prompt, max_tokens=40, ignore_eos=True, stop=[stop])
+    (whole,) = generate_locally(alone, request_key(f"stopped-{before}"), work)
+    assert whole.finished.stop == stop
+    key = request_key(f"stopped-again-{before}")
+    hand_over(prefill, decode, key, going_on(work, [whole], [len(whole.token_ids) - before]))
+    (rest,) = decode.answer(key)
+    assert rest.token_ids == whole.token_ids[-before:]
+    assert rest.finished == whole.finished
+
+
+def test_a_resumed_answer_that_is_too_long_or_of_other_choices_is_refused(clients) -> None:
+    _, decode, _ = clients
+    work = task(random_prompt(6, 500), max_tokens=100)
+    work.so_far.add(token_ids=[1] * 20)
+    decode.send(reserve=worker_pb2.Reserve(key=request_key("long"), task=work, remaining_s=60.0))
+    assert decode.failed(request_key("long")).cause == "INVALID_TASK"
+    work = task(random_prompt(6, 50), max_tokens=100)
+    work.so_far.add(token_ids=[1])
+    work.so_far.add(token_ids=[2])
+    decode.send(reserve=worker_pb2.Reserve(key=request_key("others"), task=work, remaining_s=60.0))
+    assert "2 choices so far of 1" in decode.failed(request_key("others")).message
+
+
+def test_what_had_landed_of_a_broken_transfer_is_named_in_the_next_grant(model_dir: Path) -> None:
+    """The prefill worker stops for good in mid-prompt; the blocks that arrived whole need not travel again."""
+    with (
+        worker(model_dir, WorkerRole.PREFILL, worker_id="p-1", codec="raw") as first,
+        worker(model_dir, WorkerRole.PREFILL, worker_id="p-2", codec="raw") as second,
+        worker(model_dir, WorkerRole.DECODE) as decode,
+        session(first) as to_first,
+        session(second) as to_second,
+        session(decode) as to_decode,
+    ):
+        gate = StepGate(first.engine)
+        prompt = random_prompt(8, 400)
+        work = task(prompt)
+        gate.allow(3)  # 192 of the 400 tokens
+        hand_over(to_first, to_decode, request_key("r"), work)
+        gate.wait_until_held()
+        wait_until(
+            lambda: landed_bytes(decode) >= decode.engine.layout.num_bytes(192), "what was computed to land"
+        )
+        to_decode.send(cancel=worker_pb2.CancelAttempt(key=request_key("r"), cause="SUPERSEDED"))
+        again = request_key("r", attempt=2)
+        lease = hand_over(to_second, to_decode, again, work)
+        assert lease.cached_tokens == 192
+        answer = to_decode.answer(again)
+        finished = to_second.prefill_finished(again)
+        assert finished.transferred_tokens == 400 - 192
+        gate.open()
+        with worker(model_dir, WorkerRole.BOTH) as alone, session(alone) as to_alone:
+            (whole,) = generate_locally(to_alone, request_key("r"), work)
+        assert answer[0].token_ids == whole.token_ids
+        to_first.send(cancel=worker_pb2.CancelAttempt(key=request_key("r"), cause="SUPERSEDED"))
+        assert_nothing_held(first, second, decode)
+
+
+def landed_bytes(node: WorkerNode) -> int:
+    """Bytes that have landed in a worker's open leases."""
+    with node.engine.lock:
+        tables = [keeper._table for keeper in node._keepers]
+        leases = [lease for table in tables for lease in table._leases.values() if lease.state.is_open]
+        return sum(record.raw_bytes for lease in leases for record, _ in lease.landed.values())
