@@ -83,6 +83,9 @@ class BlockPool:
         self._name_of: dict[int, tuple[bytes, int]] = {}
         self._pins: dict[int, int] = {}
         self._shares = TenantShares(num_blocks, tenant_share)
+        self.on_named: Callable[[bytes, int], None] = lambda _key, _rank: None
+        """Told the key and rank of each block that is cached; `on_forgotten` of each that is no longer."""
+        self.on_forgotten: Callable[[bytes, int], None] = lambda _key, _rank: None
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -239,6 +242,7 @@ class BlockPool:
             self._block_of[key, holding.rank] = block
             self._name_of[block] = (key, holding.rank)
             self._pins[block] = 1
+            self.on_named(key, holding.rank)
 
     def fill_record(self, owner: bytes, boundary: int) -> Filling | None:
         """A record for the owner's windows at a boundary that its next step reaches; None where there is none."""
@@ -373,6 +377,7 @@ class BlockPool:
         del self._pins[block]
         if self.windows is not None:
             self.windows.forget(name)
+        self.on_forgotten(*name)
 
     def _unpin(self, block: int) -> None:
         self._pins[block] -= 1

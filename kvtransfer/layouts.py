@@ -156,6 +156,17 @@ class Piece:
         """Canonical bytes. Raises KeyError when the layout lacks the plane."""
         return layout.plane(self.plane).num_bytes(self)
 
+    def overlaps(self, other: Piece) -> bool:
+        """Whether some record is part of both."""
+        pairs = (
+            (self.layers, other.layers),
+            (self.heads, other.heads),
+            (self.entries, other.entries),
+        )
+        return self.plane == other.plane and all(
+            one.start < two.stop and two.start < one.stop for one, two in pairs
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:

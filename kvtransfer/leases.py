@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from itertools import count, takewhile
 from typing import TYPE_CHECKING
 
 from kvtransfer.frames import LEASE_ID_BYTES
@@ -203,6 +204,8 @@ class LeaseTable:
         if landed and lease.state.is_open:
             lease.landed[landing.number] = (record, piece)
             lease.landed_fidelity = max(lease.landed_fidelity, fidelity)
+        else:
+            lease.spoiled.append(piece)
         self._note_reclaimable(lease)
         self.version += 1
         return lease.state
@@ -295,11 +298,19 @@ class LeaseTable:
         return drained
 
     def take_landed(self, lease_id: bytes) -> tuple[Piece, ...]:
-        """What had landed, whole and verified frame by frame, of a lease that is over; once. Raises KeyError."""
-        lease = self._leases[lease_id]
-        pieces = tuple(piece for _, piece in lease.landed.values())
+        """What had landed of a lease that is over, of the frames from number 0 on without a gap; once. No manifest
+        vouches for them, so nothing at all where anything else was written to the same places, or of a lease that
+        is forgotten already."""
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            return ()
+        numbers = list(takewhile(lease.landed.__contains__, count()))
+        pieces = tuple(lease.landed.pop(number)[1] for number in numbers)
+        others = [*lease.spoiled, *(piece for _, piece in lease.landed.values())]
         lease.landed.clear()
-        return pieces
+        lease.spoiled.clear()
+        is_sound = not any(piece.overlaps(other) for other in others for piece in pieces)
+        return pieces if is_sound else ()
 
     def get(self, lease_id: bytes) -> Lease | None:
         """The lease as it stands, without looking at the clock."""

@@ -25,6 +25,15 @@ class _Source:
     fixed_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class SourceSpeed:
+    """What loads from one source have taken: `num_bytes` take fixed_s + num_bytes / bytes_per_s."""
+
+    source: str
+    bytes_per_s: float
+    fixed_s: float
+
+
 class LoadSpeeds:
     """By source: a tier's name, or a worker's address. Any thread may call."""
 
@@ -68,7 +77,7 @@ class LoadSpeeds:
         """None where nothing is known, or not any more."""
         with self._lock:
             known = self._known(source)
-            return None if known is None or known.s_per_byte is None else 1 / max(known.s_per_byte, 1e-12)
+            return None if known is None or known.s_per_byte is None else _bytes_per_s(known.s_per_byte)
 
     def fixed_s(self, source: str) -> float:
         """What a load from the source takes whatever its size; 0 where that is not known."""
@@ -76,9 +85,24 @@ class LoadSpeeds:
             known = self._known(source)
             return 0.0 if known is None else known.fixed_s
 
+    def measured(self) -> list[SourceSpeed]:
+        """Every source whose speed is known, the one used last first."""
+        with self._lock:
+            known = [(name, source) for name in self._sources if (source := self._known(name)) is not None]
+            known.sort(key=lambda each: -each[1].noted_at)
+            return [
+                SourceSpeed(name, _bytes_per_s(source.s_per_byte), source.fixed_s)
+                for name, source in known
+                if source.s_per_byte is not None
+            ]
+
     def _known(self, source: str) -> _Source | None:
         known = self._sources.get(source)
         return known if known is not None and self._clock() - known.noted_at <= FORGET_S else None
+
+
+def _bytes_per_s(s_per_byte: float) -> float:
+    return 1 / max(s_per_byte, 1e-12)
 
 
 def _mean(known: float | None, new: float) -> float:

@@ -12,6 +12,7 @@ from headrace.v1 import cluster_pb2, worker_pb2
 from router.core.admission import check_request_id
 from router.core.failures import Code, Failure, Rejection, Stage, invalid
 from router.core.fleet import Identity, Role, WorkerFacts, WorkerRef, WorkerState
+from router.core.index_feed import IndexFeed, KeyScheme
 from router.core.placement import PlacementState
 from router.dispatcher import Dispatcher
 from router.requests import RequestKey
@@ -69,6 +70,7 @@ class Membership:
         switchboard: Switchboard,
         placement: PlacementState[RequestKey],
         dispatcher: Dispatcher,
+        feed: IndexFeed,
         tokenizer_digest: str,
         clock: Callable[[], float],
         on_change: Callable[[], None],
@@ -78,6 +80,7 @@ class Membership:
         self._switchboard = switchboard
         self._placement = placement
         self._dispatcher = dispatcher
+        self._feed = feed
         self._tokenizer_digest = tokenizer_digest
         self._clock = clock
         self._on_change = on_change
@@ -105,6 +108,11 @@ class Membership:
         link.start()
         return False
 
+    def sweep(self) -> None:
+        """Asks those workers for their cached blocks that should have told of them. Called some times a second."""
+        for ref in self._feed.due(self._clock()):
+            self._ask_for_blocks(ref)
+
     async def close(self) -> None:
         """Ends every link."""
         await asyncio.gather(*(link.close() for link in self._links.values()), *self._closing)
@@ -129,6 +137,7 @@ class Membership:
             self._placement.add(facts, _STATES.get(hello.state, WorkerState.SERVING))
         except ValueError as error:
             raise WrongWorker(str(error)) from None
+        self._feed.joined(link.ref, _key_scheme(hello), self._clock())
         self._switchboard.add(link)
         self._on_change()
         self._dispatcher.on_joined()
@@ -136,11 +145,13 @@ class Membership:
     def out_of_touch(self, link: WorkerLink) -> None:
         """Nothing new goes there; what it has waits for the grace."""
         self._placement.set_connected(link.ref, False)
+        self._feed.out_of_touch(link.ref)
         self._on_change()
 
     def back(self, link: WorkerLink) -> None:
         """Its requests go on."""
         self._placement.set_connected(link.ref, True)
+        self._feed.back(link.ref, self._clock())
         self._on_change()
         self._dispatcher.on_back(link.ref)
 
@@ -161,6 +172,8 @@ class Membership:
                 self._dispatcher.on_failed(link.ref, message.failed)
             case "report":
                 self._reported(link, message.report)
+            case "blocks":
+                self._blocks_changed(link, message.blocks)
             case other:
                 logger.warning("worker %s sent %s, which means nothing here", link.ref.worker_id, other)
 
@@ -181,10 +194,22 @@ class Membership:
         )
         if changed:
             self._on_change()
+        if self._feed.reported(link.ref, self._clock()):
+            self._ask_for_blocks(link.ref)
         self._dispatcher.pump()
+
+    def _blocks_changed(self, link: WorkerLink, events: worker_pb2.BlockEvents) -> None:
+        if self._links.get(link.ref.worker_id) is not link:
+            return  # an older link to the same incarnation, which numbers its messages by itself
+        if self._feed.take(link.ref, events, self._clock()):
+            self._ask_for_blocks(link.ref)
+
+    def _ask_for_blocks(self, ref: WorkerRef) -> None:
+        self._switchboard.send(ref, worker_pb2.RouterMessage(snapshot=worker_pb2.BlockSnapshotRequest()))
 
     def _forget(self, link: WorkerLink, reason: str) -> None:
         self._placement.remove(link.ref)
+        self._feed.left(link.ref)
         self._switchboard.remove(link)
         self._on_change()
         self._dispatcher.on_lost(link.ref, reason)
@@ -231,6 +256,11 @@ def _check_announcement(worker_id: str, epoch: int, address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise invalid("BAD_WORKER", f"address {address[:128]!r} is not host:port")
+
+
+def _key_scheme(hello: worker_pb2.WorkerHello) -> KeyScheme | None:
+    """None for a worker that does not say what its keys begin with: nobody could name its blocks."""
+    return KeyScheme(hello.key_identity, hello.block_tokens) if hello.key_identity else None
 
 
 def _facts(ref: WorkerRef, hello: worker_pb2.WorkerHello) -> WorkerFacts:

@@ -18,6 +18,7 @@ from router.book import RequestBook
 from router.cluster_service import ClusterServicer
 from router.config import ModelFacts, RouterConfig, Tokenizer
 from router.core.failures import Code, Failure, Stage
+from router.core.index_feed import IndexFeed
 from router.core.placement import POLICIES, PlacementState
 from router.core.queue import TokenQueue
 from router.dispatcher import Dispatcher
@@ -147,7 +148,8 @@ class RouterServer:
         switchboard = Switchboard()
         dispatcher = Dispatcher(book, queue, placement, switchboard, loop.time, loop.call_later)
         readiness_changed = asyncio.Event()
-        membership = self._membership(switchboard, placement, dispatcher, readiness_changed.set)
+        feed = IndexFeed()
+        membership = self._membership(switchboard, placement, dispatcher, feed, readiness_changed.set)
         limits = self._model.limits(self._tokenizer.vocab_size)
         intake = Intake(config, limits, self._tokenizer, book, dispatcher, loop.time)
         health_servicer = health.aio.HealthServicer()
@@ -168,6 +170,7 @@ class RouterServer:
         switchboard: Switchboard,
         placement: PlacementState[RequestKey],
         dispatcher: Dispatcher,
+        feed: IndexFeed,
         on_change: Callable[[], None],
     ) -> Membership:
         config = self._config
@@ -179,7 +182,7 @@ class RouterServer:
         )
         clock = asyncio.get_running_loop().time
         return Membership(
-            settings, switchboard, placement, dispatcher, self._tokenizer.digest, clock, on_change
+            settings, switchboard, placement, dispatcher, feed, self._tokenizer.digest, clock, on_change
         )
 
 
@@ -204,6 +207,7 @@ async def _sweep(parts: _Parts) -> None:
     while True:
         await asyncio.sleep(SWEEP_S)
         parts.book.sweep()
+        parts.membership.sweep()
         parts.dispatcher.pump()
 
 

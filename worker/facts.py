@@ -10,12 +10,16 @@ from typing import Any
 
 from engine.engine import Engine
 from headrace.v1 import worker_pb2
+from kvtransfer.layouts import CacheLayout
+from kvtransfer.load_speeds import LoadSpeeds
 from kvtransfer.transports.seam import HANDOFF_MAJOR
 from worker.config import WorkerConfig, WorkerRole
 from worker.engine_thread import EngineCounters
+from worker.prefix_sources import pushes_to
 
 PROTOCOL_VERSION = 1
 MANIFEST_FILE = "headrace.json"
+MAX_REPORTED_LINKS = 64
 
 _ROLES = {
     WorkerRole.PREFILL: worker_pb2.ROLE_PREFILL,
@@ -80,6 +84,8 @@ def worker_hello(
         cpus=config.cpus,
         protocol_version=PROTOCOL_VERSION,
         vocab_size=engine.config.vocab_size,
+        key_identity=identity_digest(identity),
+        kv_bytes_per_token=bytes_per_token(engine.layout),
     )
 
 
@@ -90,6 +96,7 @@ def worker_report(
     num_leases: int,
     refused_stale: int,
     kv: worker_pb2.KvReport,
+    speeds: LoadSpeeds,
 ) -> worker_pb2.WorkerReport:
     """Load and room of now."""
     with engine.lock:
@@ -112,7 +119,27 @@ def worker_report(
             kv=kv,
             drafts=counters.drafts,
             drafts_kept=counters.drafts_kept,
+            prefill_s_per_token=speeds.prefill_s_per_token or 0.0,
+            links=link_speeds(speeds),
         )
+
+
+def bytes_per_token(layout: CacheLayout) -> int:
+    """What a long sequence's cache grows by with each token; windows do not grow."""
+    long = 1 << 16
+    return -(-(layout.num_bytes(2 * long) - layout.num_bytes(long)) // long)
+
+
+def link_speeds(speeds: LoadSpeeds) -> list[worker_pb2.LinkSpeed]:
+    """What pushes to other workers have taken lately; those used last, where there are many."""
+    prefix = pushes_to("")
+    pushes = [each for each in speeds.measured() if each.source.startswith(prefix)]
+    return [
+        worker_pb2.LinkSpeed(
+            kv_address=each.source.removeprefix(prefix), bytes_per_s=each.bytes_per_s, fixed_s=each.fixed_s
+        )
+        for each in pushes[:MAX_REPORTED_LINKS]
+    ]
 
 
 def _manifest(model_dir: Path) -> dict[str, Any]:

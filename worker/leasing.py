@@ -198,7 +198,7 @@ class LeaseKeeper:
         """Cache what landed of a lease that was not committed: whoever takes the prompt over need not send it again."""
         lease, pieces = self._table.get(lease_id), self._table.take_landed(lease_id)
         root_key, prompt = self._landing.pop(lease_id, (b"", ()))
-        if lease is None or lease.state is LeaseState.RELEASED or not pieces:
+        if lease is None or lease.state is LeaseState.RELEASED or not pieces or not prompt:
             return
         layout = self._engine.layout
         num_tokens = leading_tokens(layout, pieces, lease.start_token, len(prompt))

@@ -23,6 +23,7 @@ from kvtransfer.keys import root_key, tenant_secret
 from kvtransfer.leases import LeaseTable
 from text.tokenizer import Tokenizer
 from worker.affinity import pin_process
+from worker.block_journal import BlockJournal
 from worker.config import WorkerConfig
 from worker.engine_thread import EngineThread
 from worker.facts import identity_digest, worker_hello, worker_identity, worker_report
@@ -69,6 +70,7 @@ class WorkerNode:
         self._keepers: list[LeaseKeeper] = []
         self._fetchers: list[PrefixFetcher] = []
         self._idle_check: IdleCheck | None = None
+        self._journal = BlockJournal()
         self._state: worker_pb2.WorkerState = worker_pb2.WORKER_STATE_NO_NEW
         self._report_due = False
         self._loop = ServiceLoop()
@@ -89,6 +91,8 @@ class WorkerNode:
         try:
             self.engine = self._engine_thread.start()
             self.engine.on_progress = self.on_step
+            pool = self.engine.pool
+            pool.on_named, pool.on_forgotten = self._journal.named, self._journal.forgotten
             self._identity = worker_identity(self.engine, self.config.model_dir)
             self._key_identity = identity_digest(self._identity)
             self._tokenizer = Tokenizer.open(self.config.model_dir)
@@ -127,6 +131,7 @@ class WorkerNode:
             num_leases=sum(keeper.num_live for keeper in self._keepers),
             refused_stale=sum(counter.stale for counter in counters),
             kv=self._kv_report(),
+            speeds=self.kv.speeds,
         )
 
     def _kv_report(self) -> worker_pb2.KvReport:
@@ -214,7 +219,9 @@ class WorkerNode:
 
     async def _open_control_server(self) -> None:
         config = self.config
-        self._session = SessionServicer(self.hello, self.report, config.resume_grace_s, self._services)
+        self._session = SessionServicer(
+            self.hello, self.report, config.resume_grace_s, self._services, self._journal
+        )
         self._control = ControlServer(self._session, config.host, config.port, config.cluster_secret)
         self.address = join_address(config.host, self._control.port)
         self._started.push_async_callback(self._control.stop, STOP_GRACE_S)

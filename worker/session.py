@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from headrace.v1 import worker_pb2, worker_pb2_grpc
+from worker.block_journal import BlockJournal
 from worker.link import RouterLink
 from worker.service import RoleService
 from worker.wire import failure
@@ -33,11 +34,13 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
         report: Callable[[], worker_pb2.WorkerReport],
         resume_grace_s: float,
         services: Sequence[RoleService],
+        journal: BlockJournal,
     ) -> None:
         self._hello = hello
         self._report = report
         self._resume_grace_s = resume_grace_s
         self._services = services
+        self._journal = journal
         self._links: dict[str, RouterLink] = {}
         self._had_contact = False
 
@@ -117,7 +120,7 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
             link = None
         if link is None:
             link = self._links[hello.router_id] = RouterLink(
-                hello.router_id, hello.router_epoch, self._report
+                hello.router_id, hello.router_epoch, self._report, self._journal
             )
         return link
 
@@ -160,6 +163,9 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
     # --- one message ---------------------------------------------------------------------------
 
     def _dispatch(self, link: RouterLink, message: worker_pb2.RouterMessage) -> None:
+        if message.HasField("snapshot"):
+            link.snapshot_blocks()
+            return
         try:
             known = [service.handle(link, message) for service in self._services]
         except Exception:

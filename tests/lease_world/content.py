@@ -61,6 +61,11 @@ def payload_of(prompt: tuple[int, ...], piece: Piece) -> bytes:
     )
 
 
+def checksum_of(payload: bytes, number: int) -> int:
+    """As a frame carries it; a receiver verifies it before anything else."""
+    return zlib.crc32(payload + number.to_bytes(4, "little"))
+
+
 def whole(entries: range, layers: range = range(NUM_LAYERS)) -> tuple[Piece, ...]:
     """Those entries of every plane."""
     return tuple(Piece(plane.name, layers, range(1), entries) for plane in LAYOUT.planes)

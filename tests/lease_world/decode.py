@@ -21,7 +21,7 @@ from kvtransfer.lease_types import (
     Waiting,
 )
 from kvtransfer.transports.seam import HandoffRefused
-from tests.lease_world.content import ENTRY_BYTES, LAYOUT, PROMPTS, root_of
+from tests.lease_world.content import ENTRY_BYTES, LAYOUT, PROMPTS, checksum_of, root_of
 from tests.lease_world.memory import Writer
 from tests.lease_world.network import FrameMessage
 from worker.leasing import NO_CAPACITY, NotReserved
@@ -105,7 +105,8 @@ class Decode:
             self.worker.tell_failed(request, attempt, lease_id.cause)
             return
         self.worker.watch_lease("decode", lease_id)
-        cached_tokens = self.keeper.reserve(lease_id, PROMPTS[request], 1, root_of(request.tenant))
+        prompt, root = PROMPTS[request], root_of(request.tenant)
+        cached_tokens = self.keeper.reserve(lease_id, prompt, 1, root, is_computed_here=False)
         if cached_tokens is None:
             self.keeper.release(lease_id, NO_CAPACITY)
             self.worker.tell_failed(request, attempt, NO_CAPACITY)
@@ -131,6 +132,9 @@ class Decode:
     # --- frames --------------------------------------------------------------------------------
 
     def take_frame(self, frame: FrameMessage, reply: Callable[[Ack], None]) -> None:
+        if checksum_of(frame.payload, frame.number) != frame.record.checksum:
+            reply(Ack(frame.number, ok=False, cause=AckFault.DAMAGED_FRAME, credit=64))
+            return
         before = self.worker.expect_frame(frame)
         with self.keeper.desk.change() as table:
             answer = table.begin_landing(frame.ref, frame.number, frame.record)

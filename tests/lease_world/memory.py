@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from engine.pool import BlockPool
 from kvtransfer.layouts import Piece
-from tests.lease_world.content import BLOCK_TOKENS, ENTRY_BYTES, Place, entry_bytes, keys_of, places_of, whole
+from tests.lease_world.content import (
+    BLOCK_TOKENS,
+    ENTRY_BYTES,
+    LAYOUT,
+    Place,
+    entry_bytes,
+    keys_of,
+    places_of,
+    whole,
+)
 
 NUM_BLOCKS = 9
 
@@ -27,7 +36,10 @@ class Memory:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.pool = BlockPool(NUM_BLOCKS, BLOCK_TOKENS)
+        self.layout = LAYOUT
         self.owners: set[bytes] = set()
+        self.num_salvaged = 0
+        self._prompts: dict[bytes, tuple[int, ...]] = {}
         self._entries: dict[tuple[int, str, int, int], tuple[bytes, Writer]] = {}
 
     # --- what a LeaseKeeper calls --------------------------------------------------------------
@@ -44,12 +56,26 @@ class Memory:
         is_computed_here: bool,
     ) -> int | None:
         """Blocks for the prompt and one token more; the cached prefix leaves one token to compute."""
-        keys = keys_of(root_key, tuple(prompt))[: (len(prompt) - 1) // BLOCK_TOKENS]
+        keys = self.prefix_keys(root_key, prompt)
         num_hit = self.pool.open(lease_id, keys, self.pool.blocks_for(len(prompt) + 1))
         if num_hit is None:
             return None
         self.owners.add(lease_id)
+        self._prompts[lease_id] = tuple(prompt)
         return num_hit * BLOCK_TOKENS
+
+    def prefix_keys(self, root_key: bytes, prompt: Sequence[int]) -> list[bytes]:
+        """Of the full blocks that leave one token to compute."""
+        return keys_of(root_key, tuple(prompt))[: (len(prompt) - 1) // BLOCK_TOKENS]
+
+    def seal_prefix(self, lease_id: bytes, keys: Sequence[bytes], num_blocks: int, fidelity: int) -> None:
+        """Key what landed of a lease that was not committed; it must be right."""
+        assert fidelity == 0
+        for index in range(len(self.pool.keys(lease_id)), num_blocks):
+            entries = range(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
+            self.check_content(lease_id, self._prompts[lease_id], entries)
+            self.pool.seal(lease_id, keys[index])
+            self.num_salvaged += 1
 
     def stop(self, lease_id: bytes) -> None:
         """Nothing computes by itself here."""
@@ -61,6 +87,7 @@ class Memory:
     def release(self, lease_id: bytes) -> None:
         if lease_id in self.owners:
             self.owners.discard(lease_id)
+            self._prompts.pop(lease_id, None)
             self.pool.close(lease_id)
 
     # --- bytes ---------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from kvtransfer.contact import Contact
 from kvtransfer.frames import Ack, FrameRecord, LeaseRef
 from kvtransfer.layouts import Piece
 from kvtransfer.ledger import FrameCoding, FrameLedger, FrameRefused
-from tests.lease_world.content import LAYOUT, payload_of
+from tests.lease_world.content import LAYOUT, checksum_of, payload_of
 from tests.lease_world.network import FrameMessage, Stream, ghost
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class Upload:
         piece = self.ledger.piece(number)
         payload = self.worker.memory.read(self._owner, piece)
         assert payload == payload_of(self._prompt, piece), "the sender reads what is not the prompt's"
-        checksum = zlib.crc32(payload + number.to_bytes(4, "little"))
+        checksum = checksum_of(payload, number)
         self.ledger.note_coding(number, CODING)
         self.ledger.note_built(number, checksum, len(payload), len(payload))
         record = FrameRecord(self.ledger.raw_bytes(number), checksum)

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from tests.lease_world.content import REQUESTS
+from tests.lease_world.content import REQUESTS, checksum_of
 from tests.lease_world.network import ROUTER, Message, Network, Stream, ghost
 from tests.lease_world.router import Router
 from tests.lease_world.worker import TTL_S, Worker
@@ -253,6 +253,9 @@ class World:
             )[self._decisions.pick(6)]
             to = next(stream.to for stream in self.net.streams if frame in stream.frames)
             forged = replace(frame, payload=bytes(len(frame.payload)), **wrong)
+            if "record" not in wrong:
+                checksum = checksum_of(forged.payload, forged.number)
+                forged = replace(forged, record=replace(forged.record, checksum=checksum))
             self.net.loose.append(ghost("nobody", to, forged))
 
     def freeze(self) -> None:

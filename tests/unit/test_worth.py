@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.load_speeds import FORGET_S, MAX_SOURCES, LoadSpeeds
+from kvtransfer.load_speeds import FORGET_S, MAX_SOURCES, LoadSpeeds, SourceSpeed
 from kvtransfer.worth import LONG_PREFIX_TOKENS, MARGIN, LoadDecision, PrefixPart, decide_parts
 
 pytestmark = pytest.mark.unit
@@ -155,3 +155,17 @@ def test_sources_are_bounded_in_number() -> None:
         speeds.note_load(f"worker {number}", 40_000_000, 0.1)
     known = [n for n in range(MAX_SOURCES + 10) if speeds.bytes_per_s(f"worker {n}") is not None]
     assert known == list(range(10, MAX_SOURCES + 10))
+
+
+def test_speeds_are_read_out_newest_first_as_far_as_they_are_known() -> None:
+    now = [0.0]
+    speeds = LoadSpeeds(lambda: now[0])
+    speeds.note_load("forgotten", 2 << 20, 1.0)
+    for now[0], source in ((FORGET_S, "old"), (FORGET_S + 1, "new")):
+        speeds.note_load(source, 2 << 20, 0.5)
+    speeds.note_load("new", 1 << 10, 0.25)
+    speeds.note_load("only small ones", 1 << 10, 0.5)
+    assert speeds.measured() == [
+        SourceSpeed("new", 4 << 20, 0.25),
+        SourceSpeed("old", 4 << 20, 0.0),
+    ]
