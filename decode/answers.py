@@ -29,10 +29,17 @@ class ChoiceAnswer:
     """One choice: tokens from index 0, the text shown, and how it ended."""
 
     def __init__(
-        self, choice: int, tokenizer: Tokenizer, stops: Sequence[str], hidden_token_ids: Collection[int]
+        self,
+        choice: int,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        hidden_token_ids: Collection[int],
+        keeps_all: bool = False,
     ) -> None:
-        """`hidden_token_ids` end the answer when drawn as its last, and are then not shown as text."""
+        """`hidden_token_ids` end the answer when drawn as its last, and are then not shown as text. `keeps_all`: also
+        tokens that were acknowledged."""
         self.choice = choice
+        self.keeps_all = keeps_all
         self.finished: inference_pb2.ChoiceFinished | None = None
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._scanner = StopScanner(stops)
@@ -59,9 +66,11 @@ class ChoiceAnswer:
             self.feed(Drawn(token_id))
         if ended and self.finished is None:
             self._finish(FinishReason.STOP)
-        self._first_kept = self._next_sent = len(token_ids)
+        self._next_sent = len(token_ids)
         self._finish_sent = ended
-        self._kept.clear()
+        if not self.keeps_all:
+            self._kept.clear()
+            self._first_kept = len(token_ids)
 
     def feed(self, drawn: Drawn) -> bool:
         """Add the next token; True where a stop string that the engine cannot see ended the answer with it.
@@ -116,7 +125,7 @@ class ChoiceAnswer:
     def acknowledge(self, next_index: int) -> None:
         """Forget tokens before `next_index`; the router has them."""
         next_index = min(next_index, self._next_sent)
-        if next_index > self._first_kept:
+        if next_index > self._first_kept and not self.keeps_all:
             del self._kept[: next_index - self._first_kept]
             self._first_kept = next_index
 
@@ -141,9 +150,12 @@ class Answer:
         self, key: worker_pb2.RequestKey, tokenizer: Tokenizer, task: worker_pb2.GenerationTask
     ) -> None:
         hidden = {*task.sampling.stop_token_ids, *task.eos_token_ids}
+        # Of an answer that goes on, the logprobs of the known tokens are not known here.
+        goes_on = any(known.token_ids for known in task.so_far)
+        keeps_all = task.resumable and not (goes_on and task.sampling.HasField("logprobs"))
         self.key = key
         self.choices = [
-            ChoiceAnswer(choice, tokenizer, task.sampling.stop, hidden)
+            ChoiceAnswer(choice, tokenizer, task.sampling.stop, hidden, keeps_all)
             for choice in range(task.sampling.n or 1)
         ]
         for answer, known in zip(self.choices, task.so_far, strict=False):
@@ -176,3 +188,8 @@ class Answer:
         pairs = zip(self.choices, next_index, strict=True)
         rewound = [choice.rewind(index) for choice, index in pairs]
         return all(rewound)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token from the first on is kept."""
+        return all(choice.keeps_all for choice in self.choices)

@@ -67,6 +67,11 @@ class Request:
         self.link = link
         self.generation = link.generation
 
+    def become(self, key: worker_pb2.RequestKey) -> None:
+        """Go on as another attempt; what was said of this one is not said again."""
+        self.key = self.answer.key = key
+        self.control.clear()
+
     def send(self, message: worker_pb2.WorkerMessage) -> None:
         """To its router, and again when the router asks again."""
         self.control.append(message)

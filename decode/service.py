@@ -65,7 +65,7 @@ class DecodeService:
     # --- the router's messages -----------------------------------------------------------------
 
     def handle(self, link: RouterLink, message: worker_pb2.RouterMessage) -> bool:
-        """Act on Reserve, CancelAttempt, AcknowledgeTokens and ResumeStream."""
+        """Act on Reserve, CancelAttempt, AcknowledgeTokens, ResumeStream and TakeOver."""
         match message.WhichOneof("message"):
             case "reserve":
                 self._reserve(link, message.reserve)
@@ -75,6 +75,8 @@ class DecodeService:
                 self._acknowledge(link, message.acknowledge)
             case "resume":
                 return self._resume(link, message.resume)
+            case "take_over":
+                return self._take_over(link, message.take_over.key)
             case _:
                 return False
         return True
@@ -90,6 +92,7 @@ class DecodeService:
         if refusal is not None:
             link.send(refusal)
             return
+        self._tell_taken_over(_request_id(message.key), link)
         self._forget(_request_id(message.key), older_than=message.key.attempt)
         request = self._open(link, message)
         if request is None:
@@ -209,6 +212,35 @@ class DecodeService:
             link.send(sent)
         link.mark(request.answer)
         return True
+
+    def _take_over(self, link: RouterLink, key: worker_pb2.RequestKey) -> bool:
+        """Write an older attempt's answer on as this one, for this router; False where there is none that is whole."""
+        request_id = _request_id(key)
+        request = self._find(key)
+        if request is None:
+            request = self._requests.get(request_id) or self._finished.get(request_id)
+            if request is None or not self._goes_on_as(request, key.attempt):
+                return False
+            self._tell_taken_over(request_id, link)
+            request.link.unmark(request.answer)
+            request.become(key)
+        request.hear(link)
+        request.answer.rewind([0] * len(request.answer.choices))
+        link.send(reserved(request, self._context))
+        link.mark(request.answer)
+        return True
+
+    def _goes_on_as(self, request: Request, attempt: int) -> bool:
+        if not request.decoding or not request.answer.is_whole or request.key.attempt >= attempt:
+            return False
+        return request.answer.finished or self._leases.take_over(request.lease_id, attempt)
+
+    def _tell_taken_over(self, request_id: RequestId, link: RouterLink) -> None:
+        """The router that asked for the attempt before, if it is another one, must not wait for it."""
+        request = self._requests.get(request_id)
+        if request is not None and request.link is not link:
+            text = "another router goes on with this request"
+            request.link.send(failure(request.key, request.stage, "TAKEN_OVER", text))
 
     def disown(self, link: RouterLink, cause: str, before_generation: int) -> None:
         """Cancel the requests of `link` that were not heard of since that generation began."""

@@ -16,6 +16,7 @@ What each message does in each state. `-` means no effect; the answer is in brac
     renew        - [UNKNOWN]   TTL restarts    TTL restarts    - [COMMITTED]   - [its state]
     abort        - [UNKNOWN]   ABORTED         ABORTED         - [COMMITTED]   - [its state]
     cancel       tombstone     ABORTED         ABORTED         RELEASED        - [its state]
+    take over    -             - [no]          - [no]          newer attempt   - [no]
     release      - [UNKNOWN]   ABORTED         ABORTED         RELEASED        - [its state]
     expiry       -             EXPIRED         EXPIRED         -               -
     fence        -             ABORTED         ABORTED         RELEASED        -
@@ -166,6 +167,15 @@ class LeaseTable:
             self._leave_tombstone(request, attempt)
             return Outcome(LeaseState.ABORTED, cause)
         return Outcome(lease.state, lease.cause)
+
+    def take_over(self, lease_id: bytes, attempt: int) -> bool:
+        """A committed lease goes on as a newer attempt of its request; False, with nothing changed, where it cannot.
+        Raises KeyError for an unknown lease."""
+        lease = self._leases[lease_id]
+        if lease.state is not LeaseState.COMMITTED or attempt <= lease.attempt:
+            return False
+        lease.attempt = attempt
+        return True
 
     # ---- the sender's messages
 

@@ -154,6 +154,12 @@ class LeaseKeeper:
         with self.desk.change() as table:
             table.cancel(request, attempt, cause)
 
+    def take_over(self, lease_id: bytes, attempt: int) -> bool:
+        """A committed lease goes on as a newer attempt; False where it cannot."""
+        with self.desk.change() as table:
+            lease = table.get(lease_id)
+            return lease is not None and table.take_over(lease_id, attempt)
+
     def sweep(self) -> None:
         """End what is past its time."""
         with self.desk.change() as table:

@@ -185,6 +185,8 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
                 key, stage = message.start_prefill.key, "prefill"
             case "resume":
                 key, stage = message.resume.key, "decode"
+            case "take_over":
+                key, stage = message.take_over.key, "decode"
             case _:
                 return
         if cause == "UNKNOWN_REQUEST" and stage != "decode":

@@ -159,6 +159,87 @@ def test_a_stop_string_that_had_begun_still_ends_the_answer(clients, before: int
     assert rest.finished == whole.finished
 
 
+@pytest.mark.parametrize("when", ["while it is written", "after its end"])
+def test_another_router_goes_on_with_an_answer_from_its_first_token(nodes, when: str) -> None:
+    _, decode, alone = nodes
+    work = task(random_prompt(9, 70), max_tokens=60, ignore_eos=True, n=2, logprobs=1, **SEEDED)
+    work.resumable = True
+    name = f"taken over {when}"
+    first, second = request_key(name), request_key(name, attempt=2)
+    gate = StepGate(decode.engine)
+    with session(alone) as to_alone, session(decode) as to_decode, session(decode, "other") as other:
+        whole = generate_locally(to_alone, first, work)
+        to_decode.send(reserve=worker_pb2.Reserve(key=first, task=work, remaining_s=60.0, local_prefill=True))
+        gate.allow(20)
+        to_decode.wait(lambda: to_decode.num_tokens(first) >= 10, "some tokens")
+        to_decode.acknowledge(first, 0, 10)
+        if when == "after its end":
+            gate.open()
+            for choice, answer in enumerate(to_decode.answer(first, 2)):
+                to_decode.acknowledge(first, choice, len(answer.token_ids))
+        other.send(take_over=worker_pb2.TakeOver(key=second))
+        other.send(take_over=worker_pb2.TakeOver(key=second))  # a repeat begins again, and nothing else
+        assert other.reserved(second).cached_tokens == to_decode.reserved(first).cached_tokens
+        if when == "while it is written":
+            assert to_decode.failed(first).cause == "TAKEN_OVER"
+        to_decode.send(cancel=worker_pb2.CancelAttempt(key=first, cause="too late"))
+        gate.open()
+        answer = last_replay(other, second, 2)
+        assert [(c.token_ids, c.text, c.logprobs) for c in answer] == [
+            (c.token_ids, c.text, c.logprobs) for c in whole
+        ]
+    assert_nothing_held(decode)
+
+
+def last_replay(client: SessionClient, key: worker_pb2.RequestKey, num_choices: int) -> list[Choice]:
+    """The whole answer, from where it was sent from its first token for the last time."""
+
+    def read() -> list[Choice]:
+        choices = [Choice() for _ in range(num_choices)]
+        for message in list(client.messages):
+            for output in (o for o in message.step.outputs if o.key == key):
+                delta, choice = output.delta, choices[output.delta.choice]
+                if delta.first_index == 0:
+                    choices[delta.choice] = choice = Choice()
+                assert delta.first_index == len(choice.token_ids)
+                choice.token_ids.extend(delta.token_ids)
+                choice.text += delta.text
+                choice.logprobs.extend(delta.logprobs)
+                choice.finished = output.finished if output.HasField("finished") else None
+        return choices
+
+    client.wait(lambda: all(choice.finished is not None for choice in read()), "an answer")
+    return read()
+
+
+@pytest.mark.parametrize("why", ["unknown", "not kept", "older"])
+def test_an_answer_that_cannot_be_taken_over_is_refused(clients, why: str) -> None:
+    _, decode, _ = clients
+    work = task(random_prompt(10, 40), max_tokens=5, ignore_eos=True)
+    work.resumable = why == "older"
+    key = request_key(f"refused {why}", attempt=3)
+    if why != "unknown":
+        generate_locally(decode, key, work)
+    other = request_key(f"refused {why}", attempt=2 if why == "older" else 4)
+    decode.send(take_over=worker_pb2.TakeOver(key=other))
+    failure = decode.failed(other)
+    assert (failure.cause, failure.retryable) == ("UNKNOWN_REQUEST", True)
+
+
+def test_the_router_of_an_older_attempt_is_told_that_another_one_begins_anew(nodes) -> None:
+    _, decode, _ = nodes
+    work = task(random_prompt(11, 40), max_tokens=400, ignore_eos=True)
+    first, second = request_key("begun anew"), request_key("begun anew", attempt=2)
+    with session(decode) as to_decode, session(decode, "other") as other:
+        to_decode.send(reserve=worker_pb2.Reserve(key=first, task=work, remaining_s=60.0, local_prefill=True))
+        to_decode.reserved(first)
+        other.send(reserve=worker_pb2.Reserve(key=second, task=work, remaining_s=60.0, local_prefill=True))
+        other.reserved(second)
+        assert to_decode.failed(first).cause == "TAKEN_OVER"
+        other.send(cancel=worker_pb2.CancelAttempt(key=second, cause="CANCELLED"))
+        assert_nothing_held(decode)
+
+
 def test_a_resumed_answer_that_is_too_long_or_of_other_choices_is_refused(clients) -> None:
     _, decode, _ = clients
     work = task(random_prompt(6, 500), max_tokens=100)

@@ -43,7 +43,7 @@ class RequestKey(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "reserve", "start_prefill", "cancel", "acknowledge", "resume", "snapshot", "set_state")
+    __slots__ = ("hello", "reserve", "start_prefill", "cancel", "acknowledge", "resume", "snapshot", "set_state", "take_over")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class RouterMessage(_message.Message):
     RESUME_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     SET_STATE_FIELD_NUMBER: _ClassVar[int]
+    TAKE_OVER_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     reserve: Reserve
     start_prefill: StartPrefill
@@ -60,7 +61,8 @@ class RouterMessage(_message.Message):
     resume: ResumeStream
     snapshot: BlockSnapshotRequest
     set_state: SetState
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., acknowledge: _Optional[_Union[AcknowledgeTokens, _Mapping]] = ..., resume: _Optional[_Union[ResumeStream, _Mapping]] = ..., snapshot: _Optional[_Union[BlockSnapshotRequest, _Mapping]] = ..., set_state: _Optional[_Union[SetState, _Mapping]] = ...) -> None: ...
+    take_over: TakeOver
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., acknowledge: _Optional[_Union[AcknowledgeTokens, _Mapping]] = ..., resume: _Optional[_Union[ResumeStream, _Mapping]] = ..., snapshot: _Optional[_Union[BlockSnapshotRequest, _Mapping]] = ..., set_state: _Optional[_Union[SetState, _Mapping]] = ..., take_over: _Optional[_Union[TakeOver, _Mapping]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("hello", "reserved", "prefill_finished", "step", "failed", "report", "blocks")
@@ -141,18 +143,20 @@ class WorkerHello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., kv_address: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_context: _Optional[int] = ..., invariant: bool = ..., pid: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ..., vocab_size: _Optional[int] = ..., key_identity: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class GenerationTask(_message.Message):
-    __slots__ = ("prompt_token_ids", "sampling", "eos_token_ids", "fidelity", "so_far")
+    __slots__ = ("prompt_token_ids", "sampling", "eos_token_ids", "fidelity", "so_far", "resumable")
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
     SO_FAR_FIELD_NUMBER: _ClassVar[int]
+    RESUMABLE_FIELD_NUMBER: _ClassVar[int]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _inference_pb2.SamplingParams
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     fidelity: str
     so_far: _containers.RepeatedCompositeFieldContainer[ChoiceSoFar]
-    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., fidelity: _Optional[str] = ..., so_far: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ...) -> None: ...
+    resumable: bool
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., fidelity: _Optional[str] = ..., so_far: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ..., resumable: bool = ...) -> None: ...
 
 class ChoiceSoFar(_message.Message):
     __slots__ = ("token_ids", "finished")
@@ -273,6 +277,12 @@ class AcknowledgeTokens(_message.Message):
     SEEN_FIELD_NUMBER: _ClassVar[int]
     seen: _containers.RepeatedCompositeFieldContainer[TokensSeen]
     def __init__(self, seen: _Optional[_Iterable[_Union[TokensSeen, _Mapping]]] = ...) -> None: ...
+
+class TakeOver(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: RequestKey
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ...) -> None: ...
 
 class ResumeStream(_message.Message):
     __slots__ = ("key", "next_index")
