@@ -147,8 +147,8 @@ class Lease:
     start_token: int = 0
     landed: dict[int, tuple[FrameRecord, Piece]] = field(default_factory=dict)
     landing: set[int] = field(default_factory=set)
-    spoiled: list[Piece] = field(default_factory=list)
-    """Where something was written, or may have been, that did not land."""
+    spoiled: dict[int, Piece] = field(default_factory=dict)
+    """By number, frames that were written, or may have been in part, and did not land."""
 
     @property
     def expires_at(self) -> float:

@@ -214,8 +214,9 @@ class LeaseTable:
         if landed and lease.state.is_open:
             lease.landed[landing.number] = (record, piece)
             lease.landed_fidelity = max(lease.landed_fidelity, fidelity)
+            lease.spoiled.pop(landing.number, None)
         else:
-            lease.spoiled.append(piece)
+            lease.spoiled[landing.number] = piece
         self._note_reclaimable(lease)
         self.version += 1
         return lease.state
@@ -233,6 +234,9 @@ class LeaseTable:
             if manifest.get(number) != record:
                 text = f"frame {number} landed, but the manifest lacks it or has another checksum"
                 return Refused(Refusal.MANIFEST_MISMATCH, text, lease.state)
+        if _is_written_over(lease):
+            text = "something was written to the place of a frame that landed"
+            return Refused(Refusal.MANIFEST_MISMATCH, text, lease.state)
         missing = tuple(sorted(number for number in manifest if number not in lease.landed))
         if missing or lease.landing:
             return Waiting(lease.state, missing, lease.expires_at)
@@ -316,7 +320,7 @@ class LeaseTable:
             return ()
         numbers = list(takewhile(lease.landed.__contains__, count()))
         pieces = tuple(lease.landed.pop(number)[1] for number in numbers)
-        others = [*lease.spoiled, *(piece for _, piece in lease.landed.values())]
+        others = [*lease.spoiled.values(), *(piece for _, piece in lease.landed.values())]
         lease.landed.clear()
         lease.spoiled.clear()
         is_sound = not any(piece.overlaps(other) for other in others for piece in pieces)
@@ -418,6 +422,12 @@ class LeaseTable:
 def _closed(lease: Lease) -> Refused:
     text = f"the lease is {lease.state}" + (f" ({lease.cause})" if lease.cause else "")
     return Refused(Refusal.LEASE_CLOSED, text, lease.state)
+
+
+def _is_written_over(lease: Lease) -> bool:
+    """Whether a frame that did not land was written to where another one did."""
+    pieces = [piece for _, piece in lease.landed.values()] if lease.spoiled else []
+    return any(piece.overlaps(spoiled) for spoiled in lease.spoiled.values() for piece in pieces)
 
 
 def _commit_outcome(lease: Lease) -> Outcome:
