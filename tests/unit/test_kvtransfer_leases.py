@@ -27,6 +27,7 @@ REQUEST = RequestId("tenant", "request")
 RECORD = FrameRecord(100, 0xABCD)
 OTHER_RECORD = FrameRecord(100, 0xDCBA)
 PIECE = Piece("k", range(1), range(1), range(1))
+OTHER_PIECE = Piece("k", range(1), range(1), range(1, 2))
 SENDER, RECEIVER = 11, 22
 
 
@@ -271,8 +272,32 @@ def test_commit_waits_while_a_frame_that_the_manifest_lacks_is_being_written() -
     landing = desk.table.begin_landing(desk.ref, 1, RECORD)
     assert isinstance(landing, Landing)
     assert desk.table.check_commit(desk.ref, {0: RECORD}) == Waiting(LeaseState.FILLING, (), 1005.0)
-    desk.table.end_landing(landing, RECORD, PIECE, landed=False)
+    desk.table.end_landing(landing, RECORD, OTHER_PIECE, landed=False)
     desk.commit()
+
+
+def test_nothing_is_committed_or_kept_that_something_else_was_written_over() -> None:
+    desk = Desk()
+    desk.land(0)
+    landing = desk.table.begin_landing(desk.ref, 7, RECORD)
+    assert isinstance(landing, Landing)
+    desk.table.end_landing(landing, RECORD, PIECE, landed=False)
+    refused = desk.table.check_commit(desk.ref, {0: RECORD})
+    assert isinstance(refused, Refused)
+    assert refused.refusal is Refusal.MANIFEST_MISMATCH
+    desk.table.release(desk.grant.lease_id)
+    assert desk.table.take_landed(desk.grant.lease_id) == ()
+
+
+def test_what_landed_without_a_gap_is_taken_once_of_a_lease_that_is_over() -> None:
+    desk = Desk()
+    for number, piece in ((0, PIECE), (2, OTHER_PIECE)):
+        landing = desk.table.begin_landing(desk.ref, number, RECORD)
+        assert isinstance(landing, Landing)
+        desk.table.end_landing(landing, RECORD, piece, landed=True)
+    desk.table.release(desk.grant.lease_id)
+    assert desk.table.take_landed(desk.grant.lease_id) == (PIECE,)
+    assert desk.table.take_landed(desk.grant.lease_id) == ()
 
 
 def test_a_failed_landing_is_missing_and_may_be_sent_again() -> None:

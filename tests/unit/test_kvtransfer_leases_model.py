@@ -23,7 +23,6 @@ from kvtransfer.leases import LeaseTable
 pytestmark = pytest.mark.unit
 
 TTL_S, REMAINING_S = 4.0, 20.0
-PIECE = Piece("k", range(1), range(1), range(1))
 MANIFEST = {number: FrameRecord(10, number) for number in range(2)}
 G, F, C, R, A, E = LeaseState
 STEPS = {G: {G, F, C, A, E}, F: {F, C, A, E}, C: {C, R}, R: {R}, A: {A}, E: {E}}
@@ -54,6 +53,11 @@ class Message:
     kind: str
     ref: LeaseRef
     number: int = 0
+
+
+def _piece(number: int) -> Piece:
+    """Each frame has a place of its own."""
+    return Piece("k", range(1), range(1), range(number, number + 1))
 
 
 class LeaseMachine(RuleBasedStateMachine):
@@ -200,7 +204,9 @@ class LeaseMachine(RuleBasedStateMachine):
         landing, message = self.landings.pop(pick % len(self.landings))
         watched = self.leases[landing.lease_id]
         assert watched.num_reclaims == 0, "memory was given back while a frame was being written into it"
-        state = self.table.end_landing(landing, MANIFEST[message.number], PIECE, landed=landed)
+        state = self.table.end_landing(
+            landing, MANIFEST[message.number], _piece(message.number), landed=landed
+        )
         watched.num_landings_open -= 1
         if landed and state.is_open:
             watched.landed.add(message.number)
