@@ -20,12 +20,12 @@ class Setting:
 
     Attributes:
         path: which setting; its length is the depth.
-        value: as it is written in a profile; None for a section's head.
+        value: as it is written in a profile, a tuple for a list; None for a section's head.
         source: `file:line`, `default`, or `derived` with the reason; empty for a section's head.
     """
 
     path: KeyPath
-    value: str | None
+    value: str | tuple[str, ...] | None
     source: str
 
 
@@ -54,14 +54,22 @@ def _section(
         if derived is not None:
             yield Setting(here, derived.value, f"derived: {derived.reason}")
         elif value is not None and loaded.says(here):
-            yield Setting(here, str(value), f"{loaded.file}:{loaded.document.values[here].line}")
+            written = tuple(map(str, value)) if isinstance(value, list) else str(value)
+            yield Setting(here, written, f"{loaded.file}:{loaded.document.values[here].line}")
         elif value is not None and value != "":
             yield Setting(here, str(value), "default")
 
 
 def _yaml(setting: Setting) -> str:
     indent = "  " * (len(setting.path) - 1)
-    return f"{indent}{setting.path[-1]}:" + ("" if setting.value is None else f" {_scalar(setting.value)}")
+    match setting.value:
+        case None:
+            written = ""
+        case str(text):
+            written = f" {_scalar(text)}"
+        case items:
+            written = f" [{', '.join(map(_scalar, items))}]"
+    return f"{indent}{setting.path[-1]}:{written}"
 
 
 def _scalar(text: str) -> str:

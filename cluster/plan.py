@@ -109,7 +109,6 @@ class ClusterPlan:
 
     Attributes:
         derived: by setting, the values that come from the machine or the model.
-        notices: settings that this version reads and does not act on.
     """
 
     workers: tuple[WorkerPlan, ...]
@@ -119,7 +118,6 @@ class ClusterPlan:
     kv_dtype: str
     max_context: int
     derived: Mapping[KeyPath, Derived] = field(default_factory=dict)
-    notices: tuple[Problem, ...] = ()
 
 
 def plan(loaded: LoadedProfile, nodes: Sequence[Node], model: ModelFacts = ModelFacts()) -> ClusterPlan:
@@ -153,7 +151,6 @@ def plan(loaded: LoadedProfile, nodes: Sequence[Node], model: ModelFacts = Model
         kv_dtype=numbers.kv_dtype,
         max_context=numbers.max_context,
         derived=_derived(loaded, workers, numbers, model),
-        notices=tuple(_notices(loaded)),
     )
 
 
@@ -290,11 +287,3 @@ def _derived(
             value = format_size(members[0].set_aside_bytes)
             found[name, "set_aside_memory"] = Derived(value, "a quarter of kv_memory, at most 256MiB")
     return found
-
-
-def _notices(loaded: LoadedProfile) -> Iterator[Problem]:
-    profile = loaded.profile
-    if profile.router.policy == "cost":
-        yield loaded.problem(("router", "policy"), '"cost" is not built yet; "least-loaded" is used')
-    if profile.router.slo is not None and profile.router.slo.ttft is not None:
-        yield loaded.problem(("router", "slo", "ttft"), "read, and not acted on by this version")

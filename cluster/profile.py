@@ -27,9 +27,13 @@ from pydantic_core import PydanticCustomError
 from cluster import units, yaml_places
 from cluster.problems import KeyPath, Place, Problem, ProfileError
 from cluster.profile_errors import problems_from
+from router.auth import is_key_digest
+from router.core.placement import POLICIES
+from router.core.tenants import MAX_PRIORITY, MAX_WEIGHT
 
 VERSION = 1
 MAX_FILE_BYTES = 256 * 1024
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
 
 def _size(value: object) -> object:
@@ -78,6 +82,24 @@ def _address(value: object) -> object:
     return value
 
 
+def _policy(value: object) -> object:
+    if isinstance(value, str) and value not in POLICIES:
+        raise PydanticCustomError("literal_error", "unknown policy", {"expected": ", ".join(POLICIES)})
+    return value
+
+
+def _key_digest(value: object) -> object:
+    if not isinstance(value, str) or not is_key_digest(value):
+        # Not shown: it may be the key itself.
+        facts = {
+            "message": "this is no digest of a key",
+            "expected": "sha256: and 64 hexadecimal digits, as `headrace tenants key NAME` prints them",
+            "nearest": "",
+        }
+        raise PydanticCustomError("key_digest", "{message}", facts)
+    return value
+
+
 Size = Annotated[
     int,
     BeforeValidator(_size),
@@ -93,6 +115,13 @@ Duration = Annotated[
     WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN, "examples": ["100ms"]}),
 ]
 Address = Annotated[str, BeforeValidator(_address)]
+Policy = Annotated[str, BeforeValidator(_policy), WithJsonSchema({"type": "string", "enum": list(POLICIES)})]
+KeyDigest = Annotated[
+    str,
+    BeforeValidator(_key_digest),
+    WithJsonSchema({"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}),
+]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Section(BaseModel):
@@ -209,9 +238,26 @@ class Slo(Section):
     """Service level: what a request should see."""
 
     ttft: Duration | None = None
-    """Time to first token."""
+    """Time to first token; requests that are predicted to miss it because of load are refused at once."""
     itl: Duration | None = None
     """Inter-token latency: where prompts are computed beside answers, their chunks are cut to it."""
+
+
+class Tenant(Section):
+    """Somebody who calls with API keys of their own."""
+
+    keys: Annotated[list[KeyDigest], Field(min_length=1)]
+    """Digests of its API keys, as `headrace tenants key NAME` prints them; the keys themselves stand nowhere."""
+    weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
+    """Its share of the cluster, to that of others, while more is asked for than can be served."""
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    """Requests at a time, waiting ones too. Left out: any number."""
+    tokens_per_s: Annotated[int, Field(ge=1)] | None = None
+    """Tokens per second, of prompts and answers. Left out: any rate."""
+    burst: Annotated[int, Field(ge=1)] | None = None
+    """Tokens by which it may exceed that rate for a moment. Left out: what the rate allows in 10 s."""
+    max_priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = 0
+    """The highest priority that its requests may have; a higher one is served first."""
 
 
 class Router(Section):
@@ -219,11 +265,13 @@ class Router(Section):
 
     grpc: Address = "127.0.0.1:8460"
     """Where it listens; port 0 takes a free one."""
-    policy: Literal["least-loaded", "cost"] = "least-loaded"
+    policy: Policy = "cost"
     """How workers are chosen."""
     slo: Slo | None = None
     queue: Annotated[int, Field(ge=1, le=1 << 32)] = 65536
     """Prompt tokens that may wait; beyond it requests are refused at once."""
+    tenants: Annotated[dict[Name, Tenant], Field(min_length=1)] | None = None
+    """Who may call, by name. Left out: everybody, without a key, as the tenant `default`."""
     timeout: Annotated[Duration, Field(le=86400)] = 600.0
     """Of a request that brings no deadline."""
     resume_grace: Duration = 10.0
@@ -234,7 +282,7 @@ class Profile(Section):
     """A Headrace cluster: `prefill` and `decode` workers, or `colocated` ones, or all three."""
 
     version: Literal[1]
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    name: Name
     about: str = ""
     model: Model
     prefill: Prefill | None = None
@@ -307,6 +355,7 @@ def parse_profile(text: str, file: str) -> LoadedProfile:
         problems += problems_from(error, document, Profile)
     if profile is not None:
         problems += _missing_roles(profile, document)
+        problems += _tenant_problems(profile, document)
     if profile is None or problems:
         raise ProfileError(problems)
     return LoadedProfile(profile, document)
@@ -324,6 +373,26 @@ def _missing_roles(profile: Profile, document: yaml_places.Document) -> Iterator
         message=f"nothing can {' or '.join(sorted(missing, reverse=True))}",
         expected="the sections prefill and decode, or colocated",
     )
+
+
+def _tenant_problems(profile: Profile, document: yaml_places.Document) -> Iterator[Problem]:
+    """A key is one tenant's, and a burst is one over a rate."""
+    owners: dict[str, str] = {}
+    for name, tenant in (profile.router.tenants or {}).items():
+        here: KeyPath = ("router", "tenants", name)
+        for index, digest in enumerate(tenant.keys):
+            owner = owners.setdefault(digest, name)
+            if owner != name:
+                path = (*here, "keys", index)
+                place = document.place_of(path)
+                message = f"this is a key of {owner} too; a key belongs to one tenant"
+                yield Problem(file=document.file, place=place, path=path, message=message)
+        if tenant.burst is not None and tenant.tokens_per_s is None:
+            path = (*here, "burst")
+            place = document.place_of(path)
+            message = "there is no rate that it could exceed"
+            expected = "tokens_per_s beside it"
+            yield Problem(file=document.file, place=place, path=path, message=message, expected=expected)
 
 
 def json_schema() -> dict[str, object]:

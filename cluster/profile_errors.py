@@ -64,15 +64,20 @@ def _bad_value(details: ErrorDetails, document: Document) -> Problem:
     nearest = str(facts.get("nearest", ""))
     if details["type"] == "literal_error" and isinstance(given, str):
         nearest = nearest_name(given, _literals(facts))
-    path = details["loc"]
+    path, is_key = _without_key_mark(details["loc"])
     return Problem(
         file=document.file,
-        place=document.place_of(path),
+        place=document.key_place(path) if is_key else document.place_of(path),
         path=path,
         message=message,
         expected=expected,
         nearest=nearest,
     )
+
+
+def _without_key_mark(path: KeyPath) -> tuple[KeyPath, bool]:
+    """Pydantic ends the path of a key that is wrong by itself with a mark."""
+    return (path[:-1], True) if path and path[-1] == "[key]" else (path, False)
 
 
 Facts = typing.Mapping[str, typing.Any]
@@ -107,6 +112,7 @@ _DESCRIPTIONS: dict[str, Description] = {
     "literal_error": lambda given, facts: (f"{_shown(given)} is not known", one_of(_literals(facts))),
     "unit": lambda given, facts: (str(facts["message"]), str(facts["expected"])),
     "address": lambda given, facts: (str(facts["message"]), str(facts["expected"])),
+    "key_digest": lambda given, facts: (str(facts["message"]), str(facts["expected"])),
     "int_type": _is_not("a whole number"),
     "float_type": _is_not("a number"),
     "string_type": lambda given, _: (
@@ -116,6 +122,8 @@ _DESCRIPTIONS: dict[str, Description] = {
     "bool_type": _is_not("true or false"),
     "model_type": _is_not("a section of keys and values"),
     "dict_type": _is_not("a section of keys and values"),
+    "list_type": _is_not("a list"),
+    "too_short": lambda given, _: ("must not be empty", ""),
     "string_too_short": lambda given, _: ("must not be empty", ""),
     "string_pattern_mismatch": lambda given, _: (
         f"{_shown(given)} is not a name",
@@ -134,22 +142,35 @@ def _keys_at(root: type[BaseModel], path: KeyPath) -> list[str]:
 
 
 def _section_at(root: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = root
+    here: object = root
     for step in path:
-        if section is None or step not in section.model_fields:
-            return None
-        section = _section_of(section.model_fields[str(step)].annotation)
-    return section
+        section = _section_of(here)
+        if section is not None:
+            field = section.model_fields.get(str(step))
+            here = field.annotation if field is not None else None
+        else:
+            here = next(
+                (kind.__args__[1] for kind in _members(here) if typing.get_origin(kind) is dict), None
+            )
+    return _section_of(here)
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:
     """The section in `Section` or `Section | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if isinstance(annotation, UnionType) or typing.get_origin(annotation) is typing.Union:
-        found = (_section_of(member) for member in typing.get_args(annotation))
-        return next((section for section in found if section), None)
-    return None
+    members = _members(annotation)
+    return next((kind for kind in members if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _members(annotation: object) -> Iterator[typing.Any]:
+    """The types in a union, or the one type."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        yield from _members(typing.get_args(annotation)[0])
+    elif isinstance(annotation, UnionType) or origin is typing.Union:
+        for member in typing.get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
 
 
 def _sections_with(root: type[BaseModel], name: str, path: KeyPath = ()) -> list[str]:

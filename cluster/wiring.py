@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.placement import Node
 from cluster.plan import ClusterPlan, StorePlan, WorkerPlan
 from cluster.profile import Profile
+from cluster.profile import Tenant as TenantSection
 from cluster.stores import StoreSettings, store_address
 from engine.record_policy import RecordPolicy
 from router.config import RouterConfig
+from router.core.tenants import Tenant
 from worker.config import WorkerConfig
-
-BUILT_POLICY = "least-loaded"
-"""What every policy of a profile stands for so far; `plan` notes it where the profile says another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,20 @@ class Wiring:
             listen=_join(router.host, router.port),
             profile_name=profile.name,
             max_context=self.plan.max_context,
-            policy=BUILT_POLICY,
+            policy=profile.router.policy,
             fidelity=profile.kvtransfer.fidelity,
+            api_keys={digest: name for name, tenant in self._tenants for digest in tenant.keys},
+            tenants={name: _tenant(name, tenant) for name, tenant in self._tenants},
+            slo_ttft_s=profile.router.slo.ttft if profile.router.slo else None,
+            slo_itl_s=profile.router.slo.itl if profile.router.slo else None,
             queue_tokens=profile.router.queue,
             default_timeout_s=profile.router.timeout,
             resume_grace_s=profile.router.resume_grace,
         )
+
+    @property
+    def _tenants(self) -> Iterable[tuple[str, TenantSection]]:
+        return (self.profile.router.tenants or {}).items()
 
     def store_address(self, node: Node) -> str:
         """Where workers of `node` reach its store; empty without cache tiers."""
@@ -106,6 +114,17 @@ class Wiring:
             tenant_share=tiers.tenant_share if tiers is not None else 1.0,
             lease_ttl_s=self.profile.kvtransfer.lease_ttl,
         )
+
+
+def _tenant(name: str, said: TenantSection) -> Tenant:
+    return Tenant(
+        name=name,
+        weight=said.weight,
+        max_concurrent=said.max_concurrent,
+        tokens_per_s=said.tokens_per_s,
+        burst_tokens=said.burst,
+        max_priority=said.max_priority,
+    )
 
 
 def _join(host: str, port: int) -> str:

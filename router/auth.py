@@ -2,13 +2,15 @@
 
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, cluster_token
 from router.core.failures import Code, Failure, Rejection, Stage
+from router.core.tenants import DEFAULT_TENANT
 
-DEFAULT_TENANT = "default"
+DIGEST_PREFIX = "sha256:"
 CLUSTER_TOKEN_KEY = CLUSTER_METADATA_KEY
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -33,15 +35,18 @@ class OpenDoor:
 
 
 class ApiKeys:
-    """`authorization: Bearer KEY`. Keys are kept and looked up as digests, so that how long a look-up takes
-    says nothing about a key."""
+    """`authorization: Bearer KEY`. Keys are kept and looked up as digests: whoever reads them cannot call with
+    them, and how long a look-up takes says nothing about a key."""
 
     def __init__(self, tenants: Mapping[str, str]) -> None:
-        self._tenants = {_digest(key): tenant for key, tenant in tenants.items()}
+        """`tenants`: by key, or by a key's digest as `key_digest` gives it."""
+        self._tenants = {
+            key if is_key_digest(key) else key_digest(key): tenant for key, tenant in tenants.items()
+        }
 
     def tenant(self, metadata: Metadata) -> str:
         scheme, _, key = _value(metadata, "authorization").partition(" ")
-        tenant = self._tenants.get(_digest(key.strip())) if scheme.lower() == "bearer" else None
+        tenant = self._tenants.get(key_digest(key.strip())) if scheme.lower() == "bearer" else None
         if tenant is None:
             raise unauthenticated("BAD_API_KEY", "the call needs metadata `authorization: Bearer KEY`")
         return tenant
@@ -71,8 +76,14 @@ def unauthenticated(cause: str, message: str) -> Rejection:
     return Rejection(Failure(code=Code.UNAUTHENTICATED, stage=Stage.ADMISSION, cause=cause, message=message))
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def key_digest(key: str) -> str:
+    """What may be written down of an API key: `sha256:` and 64 hexadecimal digits."""
+    return DIGEST_PREFIX + hashlib.sha256(key.encode()).hexdigest()
+
+
+def is_key_digest(text: str) -> bool:
+    """Whether it is what `key_digest` gives."""
+    return re.fullmatch(DIGEST_PREFIX + r"[0-9a-f]{64}", text) is not None
 
 
 def _value(metadata: Metadata, key: str) -> str:

@@ -112,7 +112,7 @@ class RequestBook:
         self._count(request, state)
         if state is RequestState.FINISHED:
             request.done = done_message(request, self._clock())
-        request.task = None
+        request.task = request.keys = None
         request.wake()
         if was_accepted:
             self._retain(request)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from router.core.admission import Limits
 from router.core.placement import POLICIES
+from router.core.tenants import Tenant
 
 MIN_SECRET_BYTES = 16
 
@@ -51,11 +52,17 @@ class RouterConfig:
     profile_name: str = ""
     max_context: int = 8192
     """Tokens of prompt and answer together."""
-    policy: str = "least-loaded"
+    policy: str = "cost"
     fidelity: str = "exact"
     """Worst class of KV codec that workers may use: exact, near or compact."""
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Key to tenant; empty: whoever calls is the tenant `default`."""
+    """Key, or a key's digest `sha256:HEX`, to tenant; empty: whoever calls is the tenant `default`."""
+    tenants: Mapping[str, Tenant] = field(default_factory=dict)
+    """What tenants may do, by name; one that is not named has no limits and the weight 1."""
+    slo_ttft_s: float | None = None
+    """Service level of the time to first token; requests predicted to miss it are refused. None: none are."""
+    slo_itl_s: float | None = None
+    """Service level of the time between an answer's tokens."""
 
     queue_tokens: int = 65536
     """Prompt tokens that may wait for placement."""
@@ -88,6 +95,9 @@ class RouterConfig:
             raise ValueError(f"policy {self.policy!r} is unknown; it must be one of {', '.join(POLICIES)}")
         if any(not key or not tenant for key, tenant in self.api_keys.items()):
             raise ValueError("api_keys must hold neither an empty key nor an empty tenant")
+        for name, tenant in self.tenants.items():
+            if tenant.name != name:
+                raise ValueError(f"tenants holds {tenant.name!r} under the name {name!r}")
         positive = (
             "max_context", "queue_tokens", "default_timeout_s", "max_timeout_s", "resume_grace_s",
             "link_grace_s", "retention_s", "retention_bytes", "outbox_bytes", "stalled_client_s", "max_calls",
@@ -95,6 +105,10 @@ class RouterConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("slo_ttft_s", "slo_itl_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0, or None")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,12 +18,14 @@ from headrace.v1 import worker_pb2
 from router import messages
 from router.book import RequestBook
 from router.core.answer import Arrival
-from router.core.failures import Code, Failure, Stage
+from router.core.failures import Failure
 from router.core.fleet import Demand, WorkerRef
 from router.core.lifecycle import RequestState
-from router.core.placement import Placement, PlacementState, Wait, WaitCause
+from router.core.placement import Placement, WaitCause
 from router.core.queue import Entry, TokenQueue
 from router.core.retries import RetryBudget
+from router.gate import Gate
+from router.placer import Placer
 from router.requests import CallLater, Request, RequestKey
 from router.verdicts import (
     Verdict,
@@ -59,7 +61,8 @@ class Dispatcher:
         self,
         book: RequestBook,
         queue: TokenQueue[RequestKey],
-        placement: PlacementState[RequestKey],
+        gate: Gate,
+        placer: Placer,
         links: Links,
         clock: Callable[[], float],
         call_later: CallLater,
@@ -68,7 +71,8 @@ class Dispatcher:
         self.retries = RetryBudget()
         self._absent_since_s: float | None = None
         self._book = book
-        self._placement = placement
+        self._gate = gate
+        self._placer = placer
         self._links = links
         self._clock = clock
         self._call_later = call_later
@@ -81,7 +85,8 @@ class Dispatcher:
         """Accepts a request that was admitted, or ends it where there is no room or nobody to serve it."""
         request.task = task
         request.demand = _demand(task)
-        failure = self._reason_to_refuse(request.key, request.demand, request.deadline_s)
+        self._placer.tokens_changed(request)
+        failure = self._gate.admit(request)
         if failure is not None:
             self._book.end(request, RequestState.FAILED, failure)
             return
@@ -102,25 +107,6 @@ class Dispatcher:
         finally:
             self._pumping = False
 
-    def _reason_to_refuse(self, key: RequestKey, demand: Demand, deadline_s: float) -> Failure | None:
-        now = self._clock()
-        decision = self._placement.place(demand, now)
-        if isinstance(decision, Wait) and decision.cause is WaitCause.NO_WORKERS:
-            return no_workers(decision)
-        if isinstance(decision, Wait) and decision.cause is WaitCause.TOO_LARGE:
-            return too_large(decision)
-        full = self.queue.offer(key, demand.num_prompt_tokens, deadline_s, now)
-        if full is None:
-            return None
-        return Failure(
-            code=Code.RESOURCE_EXHAUSTED,
-            stage=Stage.QUEUE,
-            cause="QUEUE_FULL",
-            message=f"{full.queued_tokens} of {full.max_tokens} prompt tokens that may wait are waiting",
-            retryable=True,
-            retry_after_s=full.retry_after_s,
-        )
-
     def _place_head(self, entry: Entry[RequestKey]) -> bool:
         request = self._book.get(entry.key)
         if request is None or request.demand is None:
@@ -129,10 +115,10 @@ class Dispatcher:
         if entry.deadline <= now:
             self._book.deadline_passed(request)  # its timer is late
             return True
-        decision = self._placement.place(request.demand, now)
+        decision = self._placer.place(request)
         if isinstance(decision, Placement):
             request.entry = self.queue.take(now)
-            self._dispatch(request, request.demand, decision)
+            self._dispatch(request, decision)
             return True
         if decision.cause is WaitCause.TOO_LARGE:
             self._book.end(request, RequestState.FAILED, too_large(decision))
@@ -150,10 +136,10 @@ class Dispatcher:
             self._absent_since_s = now
         return now - self._absent_since_s
 
-    def _dispatch(self, request: Request, demand: Demand, placement: Placement) -> None:
-        self._placement.charge(request.key, placement, demand)
+    def _dispatch(self, request: Request, placement: Placement) -> None:
         self._absent_since_s = None
         request.attempt += 1
+        self._placer.dispatched(request, placement)
         request.placement = placement
         request.lease = request.prefill = None
         request.replay_asked = request.replay_due = False
@@ -161,18 +147,19 @@ class Dispatcher:
         logger.info("request %s attempt %d: %s", request.key.request_id, request.attempt, placement.reason)
         self._links.send(placement.decode, messages.reserve(request, self._remaining_s(request)))
 
-    def _requeue(self, request: Request) -> None:
+    def _requeue(self, request: Request, cause: str) -> None:
         """Back to its old place in the queue; what the attempt held is returned."""
         if request.entry is None:
             raise LookupError(f"{request.key.request_id} was never queued")
-        self._placement.release(request.key)
+        self._placer.ended(request, cause)
         if request.lifecycle.state is not RequestState.PLACED:
             request.lifecycle.move(RequestState.RESUMING, self._clock())
         request.lifecycle.move(RequestState.QUEUED, self._clock())
         request.placement = None
         messages.go_on(request)
-        if request.task is not None:
+        if request.task is not None and request.has_tokens:
             request.demand = _demand(request.task)
+            self._placer.tokens_changed(request)
         self.queue.put_back(request.entry)
 
     def _recover(self, request: Request, ref: WorkerRef, failure: Failure) -> None:
@@ -186,14 +173,17 @@ class Dispatcher:
             request.key.request_id, request.attempt, failure.stage, failure.cause, request.answer.num_tokens,
         )  # fmt: skip
         request.failed_on.add(ref)
+        decode = request.placement.decode if request.placement is not None else None
+        request.landed_on = None if ref == decode else decode
         self._cancel_attempt(request, failure.cause)
-        self._requeue(request)
+        self._requeue(request, failure.cause)
 
     def _on_ending(self, request: Request, state: RequestState) -> None:
-        self.queue.remove(request.key)
+        cause = request.failure.cause if request.failure else state.value
+        self._gate.ended(request)
         if state is not RequestState.FINISHED:
-            self._cancel_attempt(request, request.failure.cause if request.failure else "")
-        self._placement.release(request.key)
+            self._cancel_attempt(request, cause)
+        self._placer.ended(request, cause)
         self.pump()
 
     def _cancel_attempt(self, request: Request, cause: str) -> None:
@@ -217,7 +207,7 @@ class Dispatcher:
             return
         if request.lifecycle.state is not RequestState.PLACED or request.placement is None:
             return
-        self._placement.granted(request.key)
+        self._placer.granted(request, message.cached_tokens)
         request.lease = message
         request.lifecycle.move(RequestState.RESERVED, self._clock())
         request.lifecycle.move(RequestState.PREFILLING, self._clock())
@@ -235,6 +225,7 @@ class Dispatcher:
             return
         request.prefill = message
         request.prefills.append(message)
+        self._placer.found_cached(request, message.cached_tokens)
         request.lifecycle.committed(self._clock())
         self._decoding(request)
         self._finish_if_complete(request)
@@ -267,15 +258,15 @@ class Dispatcher:
             verdict = Verdict.FAIL
         match verdict:
             case Verdict.NO_ROOM:
-                self._placement.refused(request.key, self._clock() + REFUSAL_BACKOFF_S)
-                self._requeue(request)
+                self._placer.refused(request, self._clock() + REFUSAL_BACKOFF_S)
+                self._requeue(request, error.cause)
                 self.pump()
             case Verdict.OUTDATED:
                 # The worker remembers a later attempt from before this router knew the request.
                 self._cancel_attempt(request, "SUPERSEDED")
                 request.attempt += 1 << request.num_stale
                 request.num_stale += 1
-                self._requeue(request)
+                self._requeue(request, error.cause)
                 self.pump()
             case Verdict.RECOVER:
                 self._recover(request, ref, failure_of(error, request.stage))
@@ -345,7 +336,7 @@ class Dispatcher:
     def _decoding(self, request: Request) -> None:
         if request.lifecycle.state is RequestState.PREFILLING:
             request.lifecycle.move(RequestState.DECODING, self._clock())
-        self._placement.prefilled(request.key)
+        self._placer.prefilled(request)
 
     def _take(self, ref: WorkerRef, request: Request, output: worker_pb2.ChoiceOutput) -> bool:
         """Books one choice's news; False where there was none for the listeners."""
@@ -353,6 +344,7 @@ class Dispatcher:
         if request.lease is None or delta.choice >= len(request.answer.choices):
             return False
         choice = request.answer.choices[delta.choice]
+        num_known = len(choice.tokens)
         arrival = choice.add(delta)
         if arrival is Arrival.MISALIGNED:
             # Tokens were lost, or a replay crossed with news: ask once for what follows what is here.
@@ -364,6 +356,7 @@ class Dispatcher:
             request.replay_asked = False
             self._decoding(request)
             request.lifecycle.tokens_arrived(delta.first_index, self._clock())
+            self._gate.tokens_came(request, len(choice.tokens) - num_known)
         self._links.acknowledge(ref, output.key, delta.choice, len(choice.tokens))
         return arrival is Arrival.NEW or finished
 
@@ -376,7 +369,7 @@ class Dispatcher:
             return
         prefill = request.placement.prefill
         # Two streams bring the tokens and the prefill worker's figures; the tokens may overtake them.
-        may_come = prefill is not None and self._placement.worker(prefill) is not None
+        may_come = prefill is not None and self._placer.is_here(prefill)
         if may_come and request.prefill is None and wait_for_figures:
             if request.report_timer is None:
                 request.report_timer = self._call_later(

@@ -116,6 +116,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             resumable=request.resumable,
             next_index=request.next_index,
             resume_handle=request.resume_handle,
+            priority=request.priority,
         )
         try:
             attachment = self._intake.open(call)

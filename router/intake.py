@@ -48,6 +48,7 @@ class Call:
     resumable: bool
     next_index: int
     resume_handle: bytes
+    priority: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,8 @@ class Intake:
             resume_handle=seal(handle, self._config.cluster_secret),
             lifecycle=Lifecycle(now),
             answer=Answer(call.sampling.n or 1),
+            priority=call.priority,
+            arrived_s=now,
         )
 
     def _time_allowed_s(self, call: Call) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from headrace.v1 import cluster_pb2, worker_pb2
 from router.core.admission import check_request_id
 from router.core.failures import Code, Failure, Rejection, Stage, invalid
-from router.core.fleet import Identity, Role, WorkerFacts, WorkerRef, WorkerState
+from router.core.fleet import Identity, LinkSpeed, Role, WorkerFacts, WorkerRef, WorkerState
 from router.core.index_feed import IndexFeed, KeyScheme
 from router.core.placement import PlacementState
 from router.dispatcher import Dispatcher
@@ -133,11 +133,12 @@ class Membership:
             )
             logger.error("worker %s: %s", link.ref.worker_id, link.last_error)
             return
+        slot = self._feed.joined(link.ref, _key_scheme(hello), self._clock())
         try:
-            self._placement.add(facts, _STATES.get(hello.state, WorkerState.SERVING))
+            self._placement.add(facts, _STATES.get(hello.state, WorkerState.SERVING), slot)
         except ValueError as error:
+            self._feed.left(link.ref)
             raise WrongWorker(str(error)) from None
-        self._feed.joined(link.ref, _key_scheme(hello), self._clock())
         self._switchboard.add(link)
         self._on_change()
         self._dispatcher.on_joined()
@@ -191,6 +192,10 @@ class Membership:
             state=state,
             free_blocks=report.free_blocks,
             num_sequences=report.running_sequences + report.waiting_sequences,
+            queued_prefill_tokens=report.queued_prefill_tokens,
+            step_s=report.step_s,
+            prefill_s_per_token=report.prefill_s_per_token,
+            links={link.kv_address: LinkSpeed(link.bytes_per_s, link.fixed_s) for link in report.links},
         )
         if changed:
             self._on_change()
@@ -281,4 +286,7 @@ def _facts(ref: WorkerRef, hello: worker_pb2.WorkerHello) -> WorkerFacts:
         num_blocks=hello.num_blocks,
         max_sequences=hello.max_sequences,
         max_context=hello.max_context,
+        kv_address=hello.kv_address,
+        kv_bytes_per_token=hello.kv_bytes_per_token,
+        key_identity=hello.key_identity,
     )

@@ -5,6 +5,7 @@ client reading its answer. Both live on the router's event loop, and are changed
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -18,8 +19,11 @@ from router.core.lifecycle import Lifecycle
 from router.core.placement import Placement
 from router.core.queue import Entry
 from router.core.retries import Setbacks
+from router.core.shedding import Forecast
+from router.prompt_keys import PromptKeys
 
 MAX_MESSAGE_BYTES = 64 << 10
+MAX_DECISIONS = 16  # of the last attempts
 
 
 class RequestKey(NamedTuple):
@@ -38,11 +42,22 @@ class Timer(Protocol):
 CallLater = Callable[[float, Callable[[], None]], Timer]
 
 
+@dataclass(slots=True)
+class Decision:
+    """One attempt's placement, and the cause that ended it, where it has ended. `decided_s` is monotonic."""
+
+    attempt: int
+    decided_s: float
+    placement: Placement
+    ended: str = ""
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
     """One request. `deadline_s` is monotonic; `body` digests all that determines the answer; `attempt` is the
     number of the present placement, or of the last one before the first; `prefill` is the present attempt's,
-    `prefills` those of all; `failed_on`: where attempts ended without an answer."""
+    `prefills` those of all. `failed_on`: where attempts ended without an answer; `landed_on`: the decode worker to
+    which an attempt had been pushing. `is_counted`: against its tenant's limits."""
 
     key: RequestKey
     body: bytes
@@ -63,6 +78,13 @@ class Request:
     prefills: list[worker_pb2.PrefillFinished] = field(default_factory=list)
     setbacks: Setbacks = field(default_factory=Setbacks)
     failed_on: set[WorkerRef] = field(default_factory=set)
+    landed_on: WorkerRef | None = None
+    decisions: deque[Decision] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))
+    keys: PromptKeys | None = None
+    priority: int = 0
+    arrived_s: float = 0.0
+    forecast: Forecast | None = None
+    is_counted: bool = False
     replay_asked: bool = False
     replay_due: bool = False
     num_stale: int = 0

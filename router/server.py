@@ -21,11 +21,16 @@ from router.core.failures import Code, Failure, Stage
 from router.core.index_feed import IndexFeed
 from router.core.placement import POLICIES, PlacementState
 from router.core.queue import TokenQueue
+from router.core.shedding import Shedder
+from router.core.tenants import TenantLimits
 from router.dispatcher import Dispatcher
 from router.errors import Boundary
 from router.front import InferenceServicer
+from router.gate import Gate
 from router.intake import Intake
 from router.membership import Membership, Switchboard
+from router.placer import Placer
+from router.prompt_keys import KeyRoots
 from router.requests import RequestKey
 from router.workers import LinkSettings
 from text.tokenizer import Tokenizer as ModelTokenizer
@@ -141,14 +146,14 @@ class RouterServer:
     def _assemble(self) -> _Parts:
         config, loop = self._config, asyncio.get_running_loop()
         book = RequestBook(config, loop.time, loop.call_later)
-        placement: PlacementState[RequestKey] = PlacementState(
-            POLICIES[config.policy], config.prefill_window_tokens
-        )
+        placement = _placement(config)
         queue: TokenQueue[RequestKey] = TokenQueue(config.queue_tokens)
         switchboard = Switchboard()
-        dispatcher = Dispatcher(book, queue, placement, switchboard, loop.time, loop.call_later)
-        readiness_changed = asyncio.Event()
         feed = IndexFeed()
+        placer = Placer(placement, feed, KeyRoots(config.cluster_secret), loop.time)
+        gate = Gate(queue, TenantLimits(config.tenants), Shedder(config.slo_ttft_s), placer, loop.time)
+        dispatcher = Dispatcher(book, queue, gate, placer, switchboard, loop.time, loop.call_later)
+        readiness_changed = asyncio.Event()
         membership = self._membership(switchboard, placement, dispatcher, feed, readiness_changed.set)
         limits = self._model.limits(self._tokenizer.vocab_size)
         intake = Intake(config, limits, self._tokenizer, book, dispatcher, loop.time)
@@ -251,6 +256,12 @@ async def serve(config: RouterConfig) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     await stopping.wait()
     await server.stop()
+
+
+def _placement(config: RouterConfig) -> PlacementState[RequestKey]:
+    objectives = {"slo_ttft_s": config.slo_ttft_s, "slo_itl_s": config.slo_itl_s}
+    given = {name: value for name, value in objectives.items() if value is not None}
+    return PlacementState(POLICIES[config.policy], config.prefill_window_tokens, **given)
 
 
 def _authenticator(config: RouterConfig) -> Authenticator:

@@ -68,6 +68,8 @@ def timing(message: wire.Timing) -> Timing:
         prefill_worker=message.prefill_worker,
         decode_worker=message.decode_worker,
         fetched_from=message.fetched_from,
+        attempts=message.attempts,
+        predicted_ttft_s=message.predicted_ttft_s,
     )
 
 

@@ -62,6 +62,8 @@ class AnswerOptions(TypedDict, total=False):
     """Name of the model. Default: the only one."""
     request_id: str | None
     """Unique per tenant, at most 128 characters. Default: drawn at random."""
+    priority: int | None
+    """A higher class is served first; at most the one that the cluster's profile lets this tenant have. Default 0."""
     resumable: bool | None
     """Let the request go on for a grace when the connection is lost. Default False."""
     timeout_s: float | None
@@ -145,6 +147,8 @@ def _fill(request: wire.GenerateRequest | wire.ChatRequest, options: AnswerOptio
         request.request_id = options.get("request_id") or uuid.uuid4().hex
     with _sending("model"):
         request.model = options.get("model") or ""
+    with _sending("priority"):
+        request.priority = options.get("priority") or 0
     with _sending("resumable"):
         request.resumable = options.get("resumable") or False
     _fill_sampling(request.sampling, options)

@@ -146,6 +146,8 @@ class Timing:
         prefill_worker: id of the worker that read the prompt.
         decode_worker: id of the worker that wrote the answer.
         fetched_from: where cached blocks were loaded from: a worker's address, "store", or empty.
+        attempts: placements it took; more than 1 after the loss of a worker.
+        predicted_ttft_s: what `ttft_s` was predicted to be when it was placed; 0 where nothing was known.
     """
 
     queue_s: float
@@ -162,6 +164,8 @@ class Timing:
     prefill_worker: str
     decode_worker: str
     fetched_from: str
+    attempts: int
+    predicted_ttft_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from cluster.cli import ask, bench, cache, demo, lifecycle, models, plans, profiles
+from cluster.cli import ask, bench, cache, demo, lifecycle, models, plans, profiles, tenants
 from cluster.cli.console import err, fail
 from cluster.errors import ClusterError, LaunchError
 from cluster.model_store import ModelStoreError
@@ -31,6 +31,7 @@ lifecycle.add_to(app)
 ask.add_to(app)
 app.add_typer(models.app, name="model")
 app.add_typer(profiles.app, name="profile")
+app.add_typer(tenants.app, name="tenants")
 app.add_typer(cache.app, name="cache")
 app.add_typer(plans.app, name="plan")
 bench.add_to(app)

@@ -55,15 +55,8 @@ def schema() -> None:
 
 
 def plan_here(loaded: LoadedProfile) -> ClusterPlan:
-    """The plan for this machine; notes what the profile wants and this version does not do.
-
-    Raises ProfileError.
-    """
-    facts = _facts(loaded)
-    planned = plan(loaded, [this_machine()], facts)
-    for notice in planned.notices:
-        note(str(notice))
-    return planned
+    """The plan for this machine. Raises ProfileError."""
+    return plan(loaded, [this_machine()], _facts(loaded))
 
 
 def _facts(loaded: LoadedProfile) -> ModelFacts:

@@ -1,10 +1,19 @@
 """What the router knows of workers and requests when it places them.
 
-Values and the load figures of one worker; the choice itself is in `placement`.
+Values and the load figures of one worker; the choice itself is in `placement`. What a worker says of its own speed
+is taken only where it can be true: finite, positive and within a wide bound. Anything else counts as not measured.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+
+MAX_STEP_S = 60.0
+MAX_S_PER_TOKEN = 60.0
+MAX_LINK_FIXED_S = 60.0
+MIN_LINK_BYTES_PER_S = 1.0
+MAX_LINK_BYTES_PER_S = 1e13
+MAX_QUEUED_TOKENS = 1 << 40
 
 
 class Role(StrEnum):
@@ -63,6 +72,28 @@ class WorkerFacts:
     num_blocks: int
     max_sequences: int
     max_context: int
+    kv_address: str = ""
+    """Where prefill workers push to; what their measured links are named by."""
+    kv_bytes_per_token: int = 0
+    """Of cache, as it is stored there; 0 where it was not said."""
+    key_identity: str = ""
+    """What block keys of this worker begin with, beside the tenant's secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """What pushing to a decode worker costs: bytes a second, and `fixed_s` whatever the size."""
+
+    bytes_per_s: float
+    fixed_s: float
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether such a link can be; NaN cannot."""
+        return (
+            MIN_LINK_BYTES_PER_S <= self.bytes_per_s <= MAX_LINK_BYTES_PER_S
+            and 0 <= self.fixed_s <= MAX_LINK_FIXED_S
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +109,18 @@ class Demand:
         return -(-self.num_prompt_tokens // block_tokens) + self.num_choices
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker:
-    """A worker as placement sees it; the charged figures are this router's own doing."""
+    """A worker as placement sees it; the charged figures are this router's own doing.
+
+    `prefill_tokens` are those of its prompts that are not cached there. The `foreign_` figures are what a report
+    named beyond what this router had charged by then. Speeds are 0 until they were measured. `slot` is its bit
+    number in masks of workers.
+    """
 
     facts: WorkerFacts
     state: WorkerState = WorkerState.SERVING
+    slot: int = 0
     connected: bool = True
     free_blocks: int = 0
     charged_blocks: int = 0
@@ -91,8 +128,15 @@ class Worker:
     foreign_sequences: int = 0
     prefill_prompts: int = 0
     prefill_tokens: int = 0
+    foreign_prefill_tokens: int = 0
     refused_until_s: float = 0.0
     last_placed: int = 0
+    empty_step_s: float = 0.0
+    """A decode step with hardly a sequence in it, worked back from the measured one (`costs`)."""
+    prefill_s_per_token: float = 0.0
+    link_s_per_byte: float = 0.0
+    """The mean of its measured links, for those that are not."""
+    link_fixed_s: float = 0.0
 
     @property
     def credits(self) -> int:
@@ -105,6 +149,11 @@ class Worker:
         return self.charged_sequences + self.foreign_sequences
 
     @property
+    def tokens_ahead(self) -> int:
+        """Prompt tokens that a prompt sent now would wait for."""
+        return self.prefill_tokens + self.foreign_prefill_tokens
+
+    @property
     def is_serving(self) -> bool:
         return self.connected and self.state is WorkerState.SERVING
 
@@ -114,4 +163,33 @@ class Worker:
 
     @property
     def prefills(self) -> bool:
+        """Whether it prefills for others."""
         return self.facts.role is not Role.DECODE
+
+    def could_decode(self, demand: Demand) -> bool:
+        """Whether it could if it were idle."""
+        facts = self.facts
+        return (
+            demand.num_blocks(facts.block_tokens) <= facts.num_blocks
+            and demand.num_choices <= facts.max_sequences
+            and demand.max_total_tokens <= facts.max_context
+        )
+
+    def could_prefill(self, demand: Demand) -> bool:
+        """Whether the prompt is within its context."""
+        return demand.num_prompt_tokens < self.facts.max_context
+
+    def measured(self, step_s: float, prefill_s_per_token: float, num_sequences: int) -> None:
+        """Takes a report's speeds; one of 0, or one that cannot be, leaves what was known before."""
+        if 0 < step_s <= MAX_STEP_S:
+            share = min(max(num_sequences, 0) / max(1, self.facts.max_sequences), 1.0)
+            self.empty_step_s = step_s / (1.0 + share)
+        if 0 < prefill_s_per_token <= MAX_S_PER_TOKEN:
+            self.prefill_s_per_token = prefill_s_per_token
+
+    def links_measured(self, links: Mapping[str, LinkSpeed]) -> None:
+        """Takes the mean of a report's links; without any possible one, what was known before stays."""
+        speeds = [link for link in links.values() if link.is_possible]
+        if speeds:
+            self.link_s_per_byte = sum(1.0 / link.bytes_per_s for link in speeds) / len(speeds)
+            self.link_fixed_s = sum(link.fixed_s for link in speeds) / len(speeds)

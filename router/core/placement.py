@@ -3,86 +3,49 @@
 Placement spends *credits* (blocks of decode memory) and charges load when it dispatches, not when a
 report comes back, so that a burst between two reports spreads. A charge has parts with lives of their own:
 
-- *prefill*: from dispatch until the prompt is prefilled. A worker holds the running prompt and one more;
-  short prompts that together stay within a window of tokens may be more than two.
+- *prefill*: from dispatch until the prompt is prefilled, in tokens that are not cached where it is. A worker holds
+  the running prompt and one more; short prompts that together stay within a window of tokens may be more than two.
 - *sequences*: from dispatch until the request ends.
 - *blocks*: from dispatch until the first report that came after the worker granted them. From then on the
   report's own number of free blocks has them in it.
 
-Decode and prefill workers are ranked apart, never in pairs, and only among workers of one identity: those
-that may hand a sequence over to one another. Knows no clock (`now` is monotonic seconds), no connections,
-no tokens.
+The choice itself is in `choice`, what it weighs in `costs`, by what it ranks in `policies`. Only workers of one
+identity may hand a sequence over to one another. A decode worker can prefill by itself: beside prefill workers where
+the policy heeds costs and that is cheaper, and under every policy where no prefill worker could take the prompt.
+
+Knows no clock (`now` is monotonic seconds), no connections, no tokens.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Generic, Protocol, TypeVar
+from itertools import count
+from random import Random
+from typing import Generic, TypeVar
 
-from router.core.fleet import Demand, Identity, Role, Worker, WorkerFacts, WorkerRef, WorkerState
+from router.core.choice import ABSENT, Query, Rules, choose
+from router.core.columns import MAX_PREFILL_PROMPTS, tokens_by_slot
+from router.core.costs import CostModel
+from router.core.fleet import (
+    MAX_QUEUED_TOKENS,
+    Demand,
+    Identity,
+    LinkSpeed,
+    Role,
+    Worker,
+    WorkerFacts,
+    WorkerRef,
+    WorkerState,
+)
+from router.core.groups import Group
+from router.core.links import LinkTable
+from router.core.outcomes import Choice, Placement, Wait, WaitCause
+from router.core.policies import POLICIES, Policy
+
+__all__ = ["MAX_PREFILL_PROMPTS", "POLICIES", "Placement", "PlacementState", "Policy", "Wait", "WaitCause"]
 
 K = TypeVar("K", bound=Hashable)
 
-MAX_PREFILL_PROMPTS = 2  # the running prompt and one more
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a request goes. `prefill` None: the decode worker prefills by itself."""
-
-    decode: WorkerRef
-    prefill: WorkerRef | None
-    reason: str
-
-    @property
-    def workers(self) -> tuple[WorkerRef, ...]:
-        return (self.decode,) if self.prefill is None else (self.decode, self.prefill)
-
-
-class WaitCause(StrEnum):
-    """Why a request cannot be placed now; a group of workers answers with the first that applies."""
-
-    NO_WORKERS = "NO_WORKERS"  # no decode worker with a worker that may prefill for it
-    TOO_LARGE = "TOO_LARGE"  # none of them could take it, even when idle
-    OUT_OF_TOUCH = "OUT_OF_TOUCH"  # those that could have lost their connection
-    NO_CREDIT = "NO_CREDIT"  # decode memory or sequences are spent
-    PREFILL_BUSY = "PREFILL_BUSY"
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Not now. What is TOO_LARGE will not fit later either, unless other workers join."""
-
-    cause: WaitCause
-    reason: str
-
-
-class Policy(Protocol):
-    """Ranks the workers that can take a request; the lowest rank wins."""
-
-    def decode_rank(self, worker: Worker) -> tuple[float, ...]: ...
-
-    def prefill_rank(self, worker: Worker) -> tuple[float, ...]: ...
-
-
-class LeastLoaded:
-    """The decode worker with the fewest sequences for its size, then with the most free blocks; the prefill
-    worker with the fewest prompt tokens ahead, then one that does nothing else. Ties go to the one chosen
-    longest ago."""
-
-    def decode_rank(self, worker: Worker) -> tuple[float, ...]:
-        facts = worker.facts
-        return (
-            worker.num_sequences / facts.max_sequences,
-            -worker.credits / facts.num_blocks,
-            worker.last_placed,
-        )
-
-    def prefill_rank(self, worker: Worker) -> tuple[float, ...]:
-        return (worker.prefill_tokens, worker.facts.role is Role.BOTH, worker.last_placed)
-
-
-POLICIES: dict[str, Policy] = {"least-loaded": LeastLoaded()}
+MAX_SLOTS = 1 << 16
 
 
 @dataclass(slots=True)
@@ -96,19 +59,40 @@ class _Charge:
     prefill_held: bool = True
 
 
-_Pair = tuple[tuple[float, ...], Worker, Worker]
-
-
 class PlacementState(Generic[K]):
-    """The workers, what this router has charged to them, and the choice among them."""
+    """The workers, what this router has charged to them, and the choice among them.
 
-    def __init__(self, policy: Policy, prefill_window_tokens: int) -> None:
-        self._policy = policy
-        self._prefill_window_tokens = prefill_window_tokens
+    `local_prefill`: whether workers that only decode may prefill by themselves. `generator` feeds the policies that
+    draw; nothing is drawn between two charges, so that the same state gives the same choice.
+
+    Raises:
+        ValueError: an objective is not positive.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prefill_window_tokens: int,
+        *,
+        local_prefill: bool = True,
+        slo_ttft_s: float = 2.0,
+        slo_itl_s: float = 0.1,
+        generator: Random | None = None,
+    ) -> None:
+        model = CostModel(slo_ttft_s, slo_itl_s)
+        self._rules = Rules(policy, model, prefill_window_tokens, local_prefill)
+        self._generator = generator or Random(0)
+        self._tickets = self._draw()
         self._workers: dict[str, Worker] = {}
+        self._by_slot: dict[int, Worker] = {}
+        self._num_slots = 0
+        self._groups: dict[Identity, Group] = {}
+        self._links = LinkTable()
         self._charges: dict[K, _Charge] = {}
         self._unreported: dict[WorkerRef, set[K]] = {}
         self._num_placed = 0
+
+    # --- workers -----------------------------------------------------------------------------------------
 
     @property
     def workers(self) -> Iterable[Worker]:
@@ -119,94 +103,181 @@ class PlacementState(Generic[K]):
         worker = self._workers.get(ref.worker_id)
         return worker if worker is not None and worker.facts.ref == ref else None
 
-    def add(self, facts: WorkerFacts, state: WorkerState) -> None:
+    def add(self, facts: WorkerFacts, state: WorkerState, slot: int | None = None) -> None:
         """A worker joined; an older incarnation of it is forgotten, with what was charged to it.
 
+        `slot` is its bit in masks of workers; None: the lowest that is free.
+
         Raises:
-            ValueError: a size that must be positive is not.
+            ValueError: a size that must be positive is not, or another worker has the slot.
         """
-        sizes = {"block_tokens": facts.block_tokens, "max_context": facts.max_context}
-        if facts.role is not Role.PREFILL:
-            sizes |= {"num_blocks": facts.num_blocks, "max_sequences": facts.max_sequences}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(
-                    f"worker {facts.ref.worker_id!r} says {name} is {value}; it must be positive"
-                )
+        _check_sizes(facts)
         older = self._workers.get(facts.ref.worker_id)
+        if slot is not None and not 0 <= slot < MAX_SLOTS:
+            raise ValueError(f"slot {slot} of worker {facts.ref.worker_id!r} must be in [0, {MAX_SLOTS})")
+        if slot is not None and self._by_slot.get(slot, older) is not older:
+            holder = self._by_slot[slot].facts.ref.worker_id
+            raise ValueError(f"slot {slot} is {holder!r}'s; {facts.ref.worker_id!r} needs another")
         if older is not None:
             self.remove(older.facts.ref)
-        self._workers[facts.ref.worker_id] = Worker(facts, state, free_blocks=facts.num_blocks)
+        if slot is None:
+            slot = next(free for free in count() if free not in self._by_slot)
+        worker = Worker(facts, state, slot, free_blocks=facts.num_blocks)
+        self._workers[facts.ref.worker_id] = self._by_slot[slot] = worker
+        self._num_slots = max(self._num_slots, slot + 1)
+        self._links.open(facts.kv_address)
+        self._groups.setdefault(facts.identity, Group(self._rules.prefill_window_tokens)).add(worker)
 
     def remove(self, ref: WorkerRef) -> None:
         """A worker is gone. A ref of an older incarnation changes nothing."""
-        if self.worker(ref) is not None:
-            del self._workers[ref.worker_id]
-            self._unreported.pop(ref, None)
+        worker = self.worker(ref)
+        if worker is None:
+            return
+        del self._workers[ref.worker_id]
+        del self._by_slot[worker.slot]
+        self._unreported.pop(ref, None)
+        self._links.forget(worker.slot)
+        self._links.close(worker.facts.kv_address)
+        group = self._groups[worker.facts.identity]
+        group.remove(worker)
+        if not len(group):
+            del self._groups[worker.facts.identity]
 
     def set_connected(self, ref: WorkerRef, connected: bool) -> None:
         """A worker out of touch keeps its charges but gets nothing new."""
         worker = self.worker(ref)
         if worker is not None:
             worker.connected = connected
+            self._groups[worker.facts.identity].settle(worker)
 
-    def report(self, ref: WorkerRef, *, state: WorkerState, free_blocks: int, num_sequences: int) -> None:
-        """Takes a worker's own figures; they include every lease that it granted before."""
+    def report(
+        self,
+        ref: WorkerRef,
+        *,
+        state: WorkerState,
+        free_blocks: int,
+        num_sequences: int,
+        queued_prefill_tokens: int = 0,
+        step_s: float = 0.0,
+        prefill_s_per_token: float = 0.0,
+        links: Mapping[str, LinkSpeed] | None = None,
+    ) -> None:
+        """Takes a worker's own figures; they include every lease that it granted before.
+
+        `step_s` is a decode step, `links` how fast it pushed to workers, by their kv_address. A speed that is 0, or
+        that cannot be, leaves what was known before.
+        """
         worker = self.worker(ref)
         if worker is None:
             return
         worker.state = state
-        worker.free_blocks = free_blocks
+        worker.free_blocks = min(max(free_blocks, 0), worker.facts.num_blocks)
         worker.foreign_sequences = max(0, num_sequences - worker.charged_sequences)
+        queued_tokens = min(queued_prefill_tokens, MAX_QUEUED_TOKENS)
+        worker.foreign_prefill_tokens = max(0, queued_tokens - worker.prefill_tokens)
         worker.refused_until_s = 0.0
+        worker.measured(step_s, prefill_s_per_token, num_sequences)
+        if links:
+            worker.links_measured(links)
+            self._links.measured(worker.slot, links)
         for key in self._unreported.pop(ref, ()):
             charge = self._charges.get(key)
             if charge is not None and charge.decode is worker:
                 self._return_blocks(charge)
+        self._groups[worker.facts.identity].settle(worker)
 
     @property
     def is_complete(self) -> bool:
-        """Whether some serving decode worker has a serving worker to prefill for it."""
-        serving = [w for w in self._workers.values() if w.is_serving]
-        prefilling = {w.facts.identity for w in serving if w.prefills}
-        return any(w.decodes and w.facts.identity in prefilling for w in serving)
+        """Whether some serving worker can decode and have its prompts prefilled: by a serving prefill worker, or by
+        itself."""
+        for group in self._groups.values():
+            decoders, prefillers = group.decoders, group.prefillers
+            if len(decoders) and (self._rules.local_prefill or len(prefillers)):
+                return True
+        return False
 
     def unpaired_reason(self, worker: Worker) -> str:
-        """Why no other worker may be paired with this one; empty if one may, or none is needed."""
+        """Why no other worker may be paired with this one; empty if one may, or it does both by role.
+
+        A worker that only decodes may serve by itself all the same; the reason says so.
+        """
         if worker.facts.role is Role.BOTH:
             return ""
         wanted = Role.PREFILL if worker.decodes else Role.DECODE
         partners = [w for w in self._workers.values() if w.facts.role in (wanted, Role.BOTH)]
+        alone = "; it prefills by itself" if worker.decodes and self._rules.local_prefill else ""
         if not partners:
-            return f"no {wanted} worker to pair with"
+            return f"no {wanted} worker to pair with{alone}"
         differences = [worker.facts.identity.difference(w.facts.identity) for w in partners]
         if not all(differences):
             return ""
-        return f"cannot pair with {partners[0].facts.ref.worker_id!r}: {differences[0]}"
+        return f"cannot pair with {partners[0].facts.ref.worker_id!r}: {differences[0]}{alone}"
 
-    def place(self, demand: Demand, now: float) -> Placement | Wait:
-        """Chooses workers without charging them: the same state gives the same choice."""
-        pairs: list[_Pair] = []
-        causes: set[WaitCause] = set()
-        groups: dict[Identity, list[Worker]] = {}
-        for worker in self._workers.values():
-            if worker.state is WorkerState.SERVING:
-                groups.setdefault(worker.facts.identity, []).append(worker)
-        for group in groups.values():
-            found = self._best_pair(group, demand, now)
-            causes.add(found) if isinstance(found, WaitCause) else pairs.append(found)
-        if not pairs:
-            return self._wait(demand, causes)
-        _, decode, prefill = min(pairs, key=lambda pair: pair[0])
-        return Placement(
-            decode=decode.facts.ref,
-            prefill=None if prefill is decode else prefill.facts.ref,
-            reason=(
-                f"decode on {decode.facts.ref.worker_id} ({decode.num_sequences} sequences, "
-                f"{decode.credits} free blocks), prefill on {prefill.facts.ref.worker_id} "
-                f"({prefill.prefill_tokens} tokens ahead)"
-            ),
+    # --- the choice --------------------------------------------------------------------------------------
+
+    def place(
+        self,
+        demand: Demand,
+        now: float,
+        cached: Sequence[tuple[int, int]] = (),
+        avoid: Collection[WorkerRef] = frozenset(),
+        prefer: WorkerRef | None = None,
+    ) -> Placement | Wait:
+        """Chooses workers without charging them: the same state gives the same choice.
+
+        `cached`: (mask of slots, tokens) of workers that hold that much of the prompt's beginning; masks are
+        disjoint. `avoid`: where an attempt failed, to be used only if nothing else could ever serve the request.
+        `prefer`: a decode worker to which the prompt was transferred before, so that it need not travel again.
+        """
+        query = self._query(demand, now, cached, prefer)
+        if not avoid:
+            return self._decide(query)
+        avoided = {worker.slot for ref in avoid if (worker := self.worker(ref)) is not None}
+        query.avoid_decode = query.avoid_prefill = avoided
+        decision = self._decide(query)
+        if isinstance(decision, Wait) and decision.cause in ABSENT and avoided:
+            return self._decide(query, avoid_if_possible=True)
+        return decision
+
+    def predict_ttft_s(
+        self, demand: Demand, now: float, cached: Sequence[tuple[int, int]] = ()
+    ) -> float | None:
+        """Seconds to the first token on the best workers, behind what is charged to them and nothing else.
+
+        None if no worker in touch could take the request, or nothing was measured yet.
+        """
+        query = self._query(demand, now, cached, None)
+        query.regardless = True
+        decision = self._decide(query)
+        return decision.predicted_ttft_s if isinstance(decision, Placement) else None
+
+    def _query(
+        self, demand: Demand, now: float, cached: Sequence[tuple[int, int]], prefer: WorkerRef | None
+    ) -> Query:
+        preferred = None if prefer is None else self.worker(prefer)
+        return Query(
+            demand=demand,
+            now=now,
+            cached=tokens_by_slot(cached, self._num_slots, max(0, demand.num_prompt_tokens - 1)),
+            has_cached=bool(cached),
+            prefer=None if preferred is None else preferred.slot,
+            tickets=self._tickets,
         )
+
+    def _decide(self, query: Query, avoid_if_possible: bool = False) -> Placement | Wait:
+        choices: list[Choice] = []
+        causes: set[WaitCause] = set()
+        avoided = query.avoid_decode
+        for group in self._groups.values():
+            if avoid_if_possible:
+                query.avoid_decode, query.avoid_prefill = group.avoidable(avoided, query.demand)
+            found = choose(group, self._links, self._rules, query)
+            choices.append(found) if isinstance(found, Choice) else causes.add(found)
+        if not choices:
+            return self._wait(query.demand, causes)
+        return min(choices, key=lambda choice: choice.rank).placement
+
+    # --- charges -----------------------------------------------------------------------------------------
 
     def charge(self, key: K, placement: Placement, demand: Demand) -> None:
         """Books a request on the workers it is dispatched to, until `release`.
@@ -221,12 +292,13 @@ class PlacementState(Generic[K]):
         prefill = self.worker(placement.prefill or placement.decode)
         if decode is None or prefill is None:
             raise LookupError(f"a worker of {placement.workers} is gone")
+        placement.compact()
         charge = _Charge(
             decode=decode,
             prefill=prefill,
             num_blocks=demand.num_blocks(decode.facts.block_tokens),
             num_sequences=demand.num_choices,
-            prompt_tokens=demand.num_prompt_tokens,
+            prompt_tokens=max(0, demand.num_prompt_tokens - placement.cached_prefill_tokens),
         )
         self._charges[key] = charge
         decode.charged_blocks += charge.num_blocks
@@ -235,6 +307,8 @@ class PlacementState(Generic[K]):
         prefill.prefill_tokens += charge.prompt_tokens
         self._num_placed += 1
         decode.last_placed = prefill.last_placed = self._num_placed
+        self._tickets = self._draw()
+        self._write(charge)
 
     def granted(self, key: K) -> None:
         """The decode worker granted the lease: its next report has the blocks in it."""
@@ -251,6 +325,7 @@ class PlacementState(Generic[K]):
         charge = self._charges.get(key)
         if charge is not None:
             self._return_prefill(charge)
+            self._write(charge)
 
     def release(self, key: K) -> None:
         """The request ended: all that it still holds is returned. Repeats change nothing."""
@@ -260,47 +335,7 @@ class PlacementState(Generic[K]):
         self._return_blocks(charge)
         self._return_prefill(charge)
         charge.decode.charged_sequences -= charge.num_sequences
-
-    def _best_pair(self, group: list[Worker], demand: Demand, now: float) -> _Pair | WaitCause:
-        decoding = [w for w in group if w.decodes]
-        prefilling = [w for w in group if w.prefills]
-        if not decoding or not prefilling:
-            return WaitCause.NO_WORKERS
-        decoding = [w for w in decoding if _could_decode(w, demand)]
-        prefilling = [w for w in prefilling if demand.num_prompt_tokens < w.facts.max_context]
-        if not decoding or not prefilling:
-            return WaitCause.TOO_LARGE
-        decoding = [w for w in decoding if w.connected]
-        prefilling = [w for w in prefilling if w.connected]
-        if not decoding or not prefilling:
-            return WaitCause.OUT_OF_TOUCH
-        decoding = [w for w in decoding if _can_decode(w, demand, now)]
-        if not decoding:
-            return WaitCause.NO_CREDIT
-        ready = [w for w in prefilling if self._can_prefill(w, demand)]
-        return self._match(decoding, ready) or WaitCause.PREFILL_BUSY
-
-    def _match(self, decoding: list[Worker], ready: list[Worker]) -> _Pair | None:
-        # A worker that does both prefills for itself and for pure decode workers, not for its own kind:
-        # colocated workers side by side stay colocated.
-        ranked = sorted(ready, key=self._policy.prefill_rank)
-        first_any = ranked[0] if ranked else None
-        first_pure = next((w for w in ranked if w.facts.role is Role.PREFILL), None)
-        for decode in sorted(decoding, key=self._policy.decode_rank):
-            if decode.facts.role is Role.DECODE:
-                prefill = first_any
-            else:
-                options = [w for w in (first_pure, decode if decode in ready else None) if w is not None]
-                prefill = min(options, key=self._policy.prefill_rank, default=None)
-            if prefill is not None:
-                return self._policy.decode_rank(decode), decode, prefill
-        return None
-
-    def _can_prefill(self, worker: Worker, demand: Demand) -> bool:
-        return (
-            worker.prefill_prompts < MAX_PREFILL_PROMPTS
-            or worker.prefill_tokens + demand.num_prompt_tokens <= self._prefill_window_tokens
-        )
+        self._write(charge)
 
     def _wait(self, demand: Demand, causes: set[WaitCause]) -> Wait:
         for cause in (WaitCause.PREFILL_BUSY, WaitCause.NO_CREDIT, WaitCause.OUT_OF_TOUCH):
@@ -327,20 +362,25 @@ class PlacementState(Generic[K]):
             charge.prefill.prefill_prompts -= 1
             charge.prefill.prefill_tokens -= charge.prompt_tokens
 
+    def _write(self, charge: _Charge) -> None:
+        for worker in {charge.decode.slot: charge.decode, charge.prefill.slot: charge.prefill}.values():
+            if self._by_slot.get(worker.slot) is worker:
+                self._groups[worker.facts.identity].write(worker)
 
-def _could_decode(worker: Worker, demand: Demand) -> bool:
-    facts = worker.facts
-    return (
-        demand.num_blocks(facts.block_tokens) <= facts.num_blocks
-        and demand.num_choices <= facts.max_sequences
-        and demand.max_total_tokens <= facts.max_context
-    )
+    def _draw(self) -> tuple[float, float, float, float]:
+        draw = self._generator.random
+        return draw(), draw(), draw(), draw()
 
 
-def _can_decode(worker: Worker, demand: Demand, now: float) -> bool:
-    facts = worker.facts
-    return (
-        now >= worker.refused_until_s
-        and demand.num_blocks(facts.block_tokens) <= worker.credits
-        and worker.num_sequences + demand.num_choices <= facts.max_sequences
-    )
+def _check_sizes(facts: WorkerFacts) -> None:
+    sizes = {"block_tokens": facts.block_tokens, "max_context": facts.max_context}
+    if facts.role is not Role.PREFILL:
+        sizes |= {"num_blocks": facts.num_blocks, "max_sequences": facts.max_sequences}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"worker {facts.ref.worker_id!r} says {name} is {value}; it must be positive")
+    if facts.kv_bytes_per_token < 0:
+        raise ValueError(
+            f"worker {facts.ref.worker_id!r} says kv_bytes_per_token is {facts.kv_bytes_per_token}; "
+            "it must not be negative"
+        )

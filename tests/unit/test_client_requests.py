@@ -29,7 +29,7 @@ SAMPLING = {
     "logprobs": 5,
     "n": 3,
 }
-ENVELOPE = {"model": "m", "request_id": "r-1", "resumable": True}
+ENVELOPE = {"model": "m", "request_id": "r-1", "priority": 3, "resumable": True}
 
 
 def test_every_option_reaches_its_field() -> None:
@@ -89,6 +89,7 @@ def test_values_out_of_range_but_of_the_fields_width_are_the_routers_to_refuse()
         ({"max_tokens": 2**40}, "max_tokens=1099511627776 cannot be sent"),
         ({"max_tokens": "64"}, "max_tokens='64' cannot be sent"),
         ({"seed": -5}, "seed=-5 cannot be sent"),
+        ({"priority": -1}, "priority cannot be sent"),
         ({"temperature": "hot"}, "temperature='hot' cannot be sent"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias cannot be sent"),
         ({"stop_token_ids": [-1]}, "stop_token_ids cannot be sent"),

@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from headrace import Cancelled, DeadlineExceeded, HeadraceError, InvalidRequest, RetryPolicy, Unavailable
+from headrace import (
+    Cancelled,
+    DeadlineExceeded,
+    HeadraceError,
+    InvalidRequest,
+    ResourceExhausted,
+    RetryPolicy,
+    Unavailable,
+)
 from headrace._retry import Attempts
 
 pytestmark = pytest.mark.unit
@@ -66,6 +74,12 @@ def test_what_a_repeat_cannot_help_is_not_repeated(error: HeadraceError) -> None
 def test_the_wait_that_the_cluster_asks_for_comes_on_top() -> None:
     retries, _ = attempts(RetryPolicy(base_delay_s=1, max_delay_s=5))
     assert retries.delay_s(HeadraceError("full", retryable=True, retry_after_s=4)) == 5
+
+
+def test_a_tenant_that_used_up_its_limit_comes_back_when_told() -> None:
+    retries, _ = attempts(RetryPolicy(base_delay_s=1, max_delay_s=5), timeout_s=10, drawn=0.0)
+    limited = ResourceExhausted("too many", cause="TENANT_RATE", retryable=True, retry_after_s=3.25)
+    assert retries.delay_s(limited) == 3.75
 
 
 def test_a_wait_longer_than_the_policy_allows_is_the_callers_to_decide() -> None:

@@ -453,7 +453,8 @@ def test_a_lease_keeps_its_fidelity_bound_and_the_worst_that_landed() -> None:
         landing = desk.table.begin_landing(ref, number, RECORD)
         assert isinstance(landing, Landing)
         assert landing.fidelity == 2
-        desk.table.end_landing(landing, RECORD, PIECE, landed=landed, fidelity=fidelity)
+        piece = Piece("k", range(1), range(1), range(number, number + 1))
+        desk.table.end_landing(landing, RECORD, piece, landed=landed, fidelity=fidelity)
     ready = desk.table.check_commit(ref, {0: RECORD, 1: RECORD})
     assert isinstance(ready, Ready)
     assert ready.fidelity == 1  # the frame that was not written does not count

@@ -225,13 +225,12 @@ def test_answering_workers_are_told_of_guesses_waiting_and_room() -> None:
     assert (alone.max_drafts, alone.set_aside_bytes) == (8, 100 << 20)
 
 
-def test_what_is_read_and_not_built_is_noted_with_its_place() -> None:
-    sections = "colocated: {}\nrouter: {policy: cost, slo: {ttft: 2s}}\n"
-    notices = planned(sections).notices
-    assert [notice.path for notice in notices] == [
-        ("router", "policy"),
-        ("router", "slo", "ttft"),
-    ]
+def test_the_router_is_told_its_policy_and_service_level() -> None:
+    sections = "colocated: {}\nrouter: {policy: cost, slo: {ttft: 2s, itl: 50ms}}\n"
+    loaded = parse_profile(HEAD + sections, "p.yaml")
+    config = Wiring(loaded.profile, plan(loaded, [machine(2)]), "tiny", "tiny", b"s" * 32).router_config()
+    assert (config.policy, config.slo_ttft_s, config.slo_itl_s) == ("cost", 2.0, 0.05)
+    assert (config.api_keys, config.tenants) == ({}, {})
 
 
 TIERS = "kvtransfer: {tiers: {host: 1GiB, disk: {path: kv, size: 8GiB}, tenant_share: 0.5}}\n"

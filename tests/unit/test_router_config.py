@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from router.config import ModelFacts, RouterConfig
+from router.core.tenants import Tenant
 
 pytestmark = pytest.mark.unit
 
@@ -23,6 +24,9 @@ GOOD = {"router_id": "r", "model_name": "m", "model_dir": Path("m"), "cluster_se
         ({"listen": "127.0.0.1:http"}, "host:port"),
         ({"api_keys": {"": "tenant"}}, "api_keys"),
         ({"api_keys": {"key": ""}}, "api_keys"),
+        ({"tenants": {"a": Tenant(name="b")}}, "'b' under the name 'a'"),
+        ({"slo_ttft_s": 0}, "slo_ttft_s"),
+        ({"slo_itl_s": math.nan}, "slo_itl_s"),
         ({"max_context": 0}, "max_context"),
         ({"queue_tokens": -1}, "queue_tokens"),
         ({"default_timeout_s": math.nan}, "default_timeout_s"),

@@ -23,11 +23,17 @@ from router.config import RouterConfig
 from router.core.answer import Answer
 from router.core.failures import Rejection
 from router.core.fleet import Identity, Role, WorkerFacts, WorkerRef, WorkerState
+from router.core.index_feed import IndexFeed
 from router.core.lifecycle import Lifecycle
 from router.core.placement import POLICIES, PlacementState
 from router.core.queue import TokenQueue
 from router.core.retries import MAX_FAILED_ATTEMPTS, MAX_WORKERS_LOST
+from router.core.shedding import Shedder
+from router.core.tenants import TenantLimits
 from router.dispatcher import MAX_STALE, Dispatcher
+from router.gate import Gate
+from router.placer import Placer
+from router.prompt_keys import KeyRoots
 from router.requests import Attachment, Request, RequestKey
 
 pytestmark = pytest.mark.unit
@@ -37,6 +43,7 @@ ANSWER = "abc"
 # The client's own doing, the deadline, and what no other attempt would mend. Lost workers are not among them.
 ALLOWED_ENDS = {
     "CLIENT_CANCELLED", "CLIENT_DISCONNECTED", "DEADLINE_EXCEEDED", "NAN_LOGITS", "QUEUE_FULL", "NO_WORKERS",
+    "PREDICTED_LATE", "DEADLINE_TOO_SHORT",
 }  # fmt: skip
 IDENTITY = Identity(weights_digest="", tokenizer_digest="", arithmetic="", layout="", handoff_major=1)
 CONFIG = RouterConfig(
@@ -205,9 +212,11 @@ class Cluster:
         self.book = RequestBook(CONFIG, self.timers.clock, self.timers.call_later)
         self.placement = PlacementState(POLICIES["least-loaded"], prefill_window_tokens=64)
         self.queue = TokenQueue(200)
-        self.dispatcher = Dispatcher(
-            self.book, self.queue, self.placement, self, self.timers.clock, self.timers.call_later
-        )
+        clock = self.timers.clock
+        placer = Placer(self.placement, IndexFeed(), KeyRoots(CONFIG.cluster_secret), clock)
+        self.limits = TenantLimits({})
+        gate = Gate(self.queue, self.limits, Shedder(), placer, clock)
+        self.dispatcher = Dispatcher(self.book, self.queue, gate, placer, self, clock, self.timers.call_later)
         self.workers: dict[WorkerRef, FakeWorker] = {}
         self.attachments: list[Attachment] = []
         self.num_requests = 0
@@ -369,6 +378,7 @@ class Cluster:
     def check_that_all_is_well_in_the_end(self):
         self._end_all_trouble()
         assert not self.book.live and len(self.queue) == 0
+        assert self.limits.num_running("t") == 0
         for worker in self.placement.workers:
             assert worker.charged_blocks == worker.charged_sequences == worker.prefill_tokens == 0
         for worker in self.workers.values():

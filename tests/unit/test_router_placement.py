@@ -1,12 +1,9 @@
 """Placement: the choice of workers, and what is charged to them."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.core.fleet import Demand, Identity, Role, WorkerFacts, WorkerRef, WorkerState
-from router.core.placement import MAX_PREFILL_PROMPTS, POLICIES, Placement, PlacementState, Wait, WaitCause
+from router.core.placement import POLICIES, PlacementState, Wait, WaitCause
 
 pytestmark = pytest.mark.unit
 
@@ -25,8 +22,8 @@ def facts(worker_id, role, epoch=1, identity=IDENTITY, **sizes):
     return WorkerFacts(ref=WorkerRef(worker_id, epoch), role=role, identity=identity, **(defaults | sizes))
 
 
-def state_of(*workers):
-    placement = PlacementState(POLICIES["least-loaded"], WINDOW)
+def state_of(*workers, local_prefill=True):
+    placement = PlacementState(POLICIES["least-loaded"], WINDOW, local_prefill=local_prefill)
     for worker in workers:
         placement.add(worker, WorkerState.SERVING)
     return placement
@@ -158,26 +155,49 @@ def test_what_no_worker_could_ever_take_is_told_apart_from_what_must_wait(wanted
     assert place(placement, 1, wanted) == ("c", None)
 
 
-@pytest.mark.parametrize(
-    "workers",
-    [
-        [],
-        [facts("p", Role.PREFILL)],
-        [facts("d", Role.DECODE)],
-        [facts("p", Role.PREFILL), facts("d", Role.DECODE, identity=OTHER)],
-    ],
-    ids=["none", "prefill only", "decode only", "unequal"],
-)
-def test_without_a_pair_there_are_no_workers(workers):
+DECODE_ALONE = [
+    [facts("d", Role.DECODE)],
+    [facts("p", Role.PREFILL), facts("d", Role.DECODE, identity=OTHER)],
+]
+
+
+@pytest.mark.parametrize("workers", [[], [facts("p", Role.PREFILL)]], ids=["none", "prefill only"])
+def test_without_a_decode_worker_there_are_no_workers(workers):
     placement = state_of(*workers)
     assert place(placement, 1) is WaitCause.NO_WORKERS
     assert not placement.is_complete
+
+
+@pytest.mark.parametrize("workers", DECODE_ALONE, ids=["decode only", "unequal"])
+def test_a_decode_worker_without_a_pair_serves_alone_if_it_may(workers):
+    placement = state_of(*workers, local_prefill=False)
+    assert place(placement, 1) is WaitCause.NO_WORKERS
+    assert not placement.is_complete
+    placement = state_of(*workers)
+    assert placement.is_complete
+    assert [place(placement, key) for key in range(3)] == [("d", None), ("d", None), WaitCause.PREFILL_BUSY]
+
+
+def test_a_prefill_worker_too_small_for_the_prompt_counts_as_none():
+    workers = facts("d", Role.DECODE), facts("p", Role.PREFILL, max_context=50)
+    assert place(state_of(*workers), 1) == ("d", None)
+    assert place(state_of(*workers), 1, demand(40)) == ("d", "p")
+    assert place(state_of(*workers, local_prefill=False), 1) is WaitCause.TOO_LARGE
+
+
+def test_prefill_workers_out_of_touch_are_waited_for_until_they_are_lost():
+    placement = state_of(facts("d", Role.DECODE), facts("p", Role.PREFILL))
+    placement.set_connected(WorkerRef("p", 1), False)
+    assert place(placement, 1) is WaitCause.OUT_OF_TOUCH
+    placement.remove(WorkerRef("p", 1))
+    assert place(placement, 1) == ("d", None)
 
 
 def test_why_two_workers_are_not_paired_can_be_read():
     placement = state_of(facts("p", Role.PREFILL), facts("d", Role.DECODE, identity=OTHER))
     reason = placement.unpaired_reason(placement.worker(WorkerRef("d", 1)))
     assert "'p'" in reason and "arithmetic 'bfloat16' is not 'float32'" in reason
+    assert reason.endswith("it prefills by itself")
     placement.add(facts("q", Role.PREFILL, identity=OTHER), WorkerState.SERVING)
     assert placement.unpaired_reason(placement.worker(WorkerRef("d", 1))) == ""
     assert placement.is_complete
@@ -256,88 +276,3 @@ def test_misuse_is_refused():
         placement.charge("s", decision, demand())
     with pytest.raises(ValueError, match="block_tokens is 0"):
         placement.add(facts("z", Role.BOTH, block_tokens=0), WorkerState.SERVING)
-
-
-class ChargesMachine(RuleBasedStateMachine):
-    """Random traffic over workers that come, go and report; ends by ending every request."""
-
-    def __init__(self):
-        super().__init__()
-        self.placement = PlacementState(POLICIES["least-loaded"], WINDOW)
-        self.num_keys = 0
-        self.live: dict[int, Placement] = {}
-        self.epochs = 0
-
-    @rule(
-        name=st.sampled_from("abcd"),
-        role=st.sampled_from(Role),
-        identity=st.sampled_from([IDENTITY, OTHER]),
-        num_blocks=st.integers(1, 40),
-    )
-    def join(self, name, role, identity, num_blocks):
-        self.epochs += 1
-        self.placement.add(
-            facts(name, role, self.epochs, identity, num_blocks=num_blocks), WorkerState.SERVING
-        )
-
-    @precondition(lambda self: list(self.placement.workers))
-    @rule(data=st.data())
-    def leave(self, data):
-        worker = data.draw(st.sampled_from(list(self.placement.workers)))
-        self.placement.remove(worker.facts.ref)
-
-    @rule(tokens=st.integers(1, 300), choices=st.integers(1, 4), now=st.floats(0, 10))
-    def arrive(self, tokens, choices, now):
-        wanted = demand(tokens, choices)
-        decision = self.placement.place(wanted, now)
-        if isinstance(decision, Wait):
-            return
-        decode = self.placement.worker(decision.decode)
-        prefill = self.placement.worker(decision.prefill or decision.decode)
-        assert decode.facts.identity == prefill.facts.identity
-        assert decode.decodes and prefill.prefills
-        assert decode.credits >= wanted.num_blocks(BLOCK)
-        assert decode.num_sequences + choices <= decode.facts.max_sequences
-        self.placement.charge(self.num_keys, decision, wanted)
-        self.live[self.num_keys] = decision
-        self.num_keys += 1
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data(), step=st.sampled_from(["granted", "prefilled", "refused", "release"]))
-    def go_on(self, data, step):
-        key = data.draw(st.sampled_from(list(self.live)))
-        if step == "refused":
-            self.placement.refused(key, until_s=5.0)
-        else:
-            getattr(self.placement, step)(key)
-        if step in ("refused", "release"):
-            del self.live[key]
-
-    @precondition(lambda self: list(self.placement.workers))
-    @rule(data=st.data(), free=st.integers(0, 40), sequences=st.integers(0, 8))
-    def report(self, data, free, sequences):
-        worker = data.draw(st.sampled_from(list(self.placement.workers)))
-        self.placement.report(
-            worker.facts.ref, state=WorkerState.SERVING, free_blocks=free, num_sequences=sequences
-        )
-
-    @invariant()
-    def nothing_is_negative_or_overfull(self):
-        for worker in self.placement.workers:
-            assert worker.charged_blocks >= 0
-            assert worker.charged_sequences >= 0
-            assert worker.prefill_tokens >= 0
-            assert worker.prefill_prompts >= 0
-            assert worker.prefill_prompts <= MAX_PREFILL_PROMPTS or worker.prefill_tokens <= WINDOW
-
-    def teardown(self):
-        for key in self.live:
-            self.placement.release(key)
-            self.placement.release(key)
-        for worker in self.placement.workers:
-            assert worker.charged_blocks == worker.charged_sequences == 0
-            assert worker.prefill_tokens == worker.prefill_prompts == 0
-
-
-TestCharges = ChargesMachine.TestCase
-TestCharges.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)

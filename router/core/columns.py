@@ -1,0 +1,179 @@
+"""The workers' figures as columns of numbers, so that a thousand of them are weighed in a few array operations.
+
+A table has one row for each worker that may get requests now; `write` brings a row up to the worker's own
+figures, which stay the truth. Rows are in no order that means anything; a worker that leaves is replaced by the last.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.core.fleet import Demand, Role, Worker
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+MAX_PREFILL_PROMPTS = 2  # the running prompt and one more
+
+_COLUMNS = (
+    "credits", "num_blocks", "used", "fullness", "per_block", "room", "num_sequences", "max_sequences",
+    "load", "growth", "per_sequence", "block_tokens", "max_context", "refused_until_s", "turn_tokens",
+    "tokens_ahead", "last_placed", "is_both", "empty_step_s", "s_per_token", "kv_bytes_per_token",
+    "link_s_per_byte", "link_fixed_s",
+)  # fmt: skip
+
+
+def turn_tokens(worker: Worker, window_tokens: int) -> float:
+    """How many tokens to prefill may be sent to a worker now. It holds the running prompt and one more, whatever their
+    size, and any number of prompts that stay within the window together."""
+    if worker.prefill_prompts < MAX_PREFILL_PROMPTS:
+        return math.inf
+    return window_tokens - worker.prefill_tokens
+
+
+def row_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
+    """A worker's figures in the order of the columns. `used` is the share of its blocks that is taken, `load` that of
+    its sequences; `per_block` and `per_sequence` are what one more adds. `fullness` and `growth` are
+    factors of a step's cost (`costs`): with the blocks that are taken, and with one sequence more."""
+    facts = worker.facts
+    per_block, per_sequence = 1.0 / max(1, facts.num_blocks), 1.0 / max(1, facts.max_sequences)
+    used, load = 1.0 - worker.credits * per_block, worker.num_sequences * per_sequence
+    return (
+        worker.credits,
+        facts.num_blocks,
+        used,
+        1.0 + used,
+        per_block,
+        facts.max_sequences - worker.num_sequences,
+        worker.num_sequences,
+        facts.max_sequences,
+        load,
+        1.0 + load + per_sequence,
+        per_sequence,
+        facts.block_tokens,
+        facts.max_context,
+        worker.refused_until_s,
+        turn_tokens(worker, window_tokens),
+        worker.tokens_ahead,
+        worker.last_placed,
+        facts.role is Role.BOTH,
+        worker.empty_step_s,
+        worker.prefill_s_per_token,
+        facts.kv_bytes_per_token,
+        worker.link_s_per_byte,
+        worker.link_fixed_s,
+    )
+
+
+class WorkerTable:
+    """Columns over some workers; `workers[i]` has row i. The prefill window is in tokens."""
+
+    credits: Floats
+    num_blocks: Floats
+    used: Floats
+    fullness: Floats
+    per_block: Floats
+    room: Floats
+    num_sequences: Floats
+    max_sequences: Floats
+    load: Floats
+    growth: Floats
+    per_sequence: Floats
+    block_tokens: Floats
+    max_context: Floats
+    refused_until_s: Floats
+    turn_tokens: Floats
+    tokens_ahead: Floats
+    last_placed: Floats
+    is_both: Floats
+    empty_step_s: Floats
+    s_per_token: Floats
+    kv_bytes_per_token: Floats
+    link_s_per_byte: Floats
+    link_fixed_s: Floats
+
+    def __init__(self, window_tokens: int) -> None:
+        self.workers: tuple[Worker, ...] = ()
+        self._window_tokens = window_tokens
+        self._places: dict[int, int] = {}
+        self._rows: Floats = np.zeros((len(_COLUMNS), 0))
+        self.latest_refusal_s = 0.0
+        """No worker is kept from requests by a refusal later than this."""
+        self._bind()
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def place_of(self, slot: int) -> int | None:
+        """The row of the worker with this slot."""
+        return self._places.get(slot)
+
+    def row(self, place: int) -> tuple[float, ...]:
+        """A row as it stands, for those who compare it with `row_of`."""
+        return tuple(self._rows[:, place].tolist())
+
+    def add(self, worker: Worker) -> None:
+        self._places[worker.slot] = len(self.workers)
+        self.workers = (*self.workers, worker)
+        self._rows = np.column_stack([self._rows, row_of(worker, self._window_tokens)])
+        self.latest_refusal_s = max(self.latest_refusal_s, worker.refused_until_s)
+        self._bind()
+
+    def remove(self, worker: Worker) -> None:
+        """Takes a worker out; one that is not in changes nothing."""
+        place = self._places.pop(worker.slot, None)
+        if place is None:
+            return
+        *workers, last = self.workers
+        if last is not worker:
+            workers[place] = last
+            self._places[last.slot] = place
+            self._rows[:, place] = self._rows[:, -1]
+        self.workers = tuple(workers)
+        self._rows = self._rows[:, :-1].copy()
+        self._bind()
+
+    def write(self, worker: Worker) -> None:
+        """Brings a worker's row up to date; one that is not in changes nothing."""
+        place = self._places.get(worker.slot)
+        if place is not None:
+            self._rows[:, place] = row_of(worker, self._window_tokens)
+            self.latest_refusal_s = max(self.latest_refusal_s, worker.refused_until_s)
+
+    def blocks_of(self, demand: Demand) -> Floats | int:
+        """Blocks that a request needs: one number where the workers' blocks are all of one size."""
+        if self._common_block_tokens:
+            return demand.num_blocks(self._common_block_tokens)
+        return np.ceil(demand.num_prompt_tokens / self.block_tokens) + demand.num_choices
+
+    def _bind(self) -> None:
+        for name, column in zip(_COLUMNS, self._rows, strict=True):
+            setattr(self, name, column)
+        self.slots = np.array([worker.slot for worker in self.workers], dtype=np.intp)
+        sizes = {worker.facts.block_tokens for worker in self.workers}
+        self._common_block_tokens = sizes.pop() if len(sizes) == 1 else 0
+        self.min_context = min((worker.facts.max_context for worker in self.workers), default=0)
+        self.num_both = sum(worker.facts.role is Role.BOTH for worker in self.workers)
+
+
+def tokens_by_slot(cached: Sequence[tuple[int, int]], num_slots: int, most: int) -> Floats:
+    """How many tokens each worker holds: cached prefixes as (mask of slots, tokens), masks disjoint.
+
+    No number is above `most`; bits of slots that nobody has mean nothing.
+    """
+    if not cached or not num_slots:
+        return np.zeros(num_slots)
+    num_bytes = -(-num_slots // 8)
+    try:
+        packed = b"".join([mask.to_bytes(num_bytes, "little") for mask, _ in cached])
+    except OverflowError:
+        known = (1 << num_slots) - 1
+        packed = b"".join([(mask & known).to_bytes(num_bytes, "little") for mask, _ in cached])
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").reshape(
+        len(cached), 8 * num_bytes
+    )
+    # Each sum has one term besides zeros: float32 is exact up to 16 million tokens.
+    tokens = np.minimum(np.array([tokens for _, tokens in cached], np.float32), np.float32(most))
+    return (tokens @ bits.astype(np.float32))[:num_slots].astype(np.float64)

@@ -1,0 +1,154 @@
+"""What a placement is predicted to cost, in seconds.
+
+A decode worker D, with `n` sequences of at most `max` and this request's `c` more:
+
+    step     = empty_step x (1 + (n + c) / max)           a full batch's step takes twice an empty one's;
+                                                          empty_step is a measured step divided by the same growth
+    itl      = step x (1 + used) x slo_ttft / slo_itl     `used`: the share of its blocks that is taken afterwards
+    own      = its own prompt tokens ahead x its seconds a token
+    carried  = tokens it lacks x bytes a token x the fleet's mean seconds a byte
+    rank     = itl + own + carried
+
+An inter-token latency as long as its objective thus weighs as much as a time to first token as long as its own.
+A worker whose memory is nearly full counts as up to twice as slow: its answers are about to be preempted.
+
+A prefill worker P that pushes to D:
+
+    queue    = tokens ahead x seconds a token              charged by this router, and what a report names beyond it
+    compute  = tokens not cached on P x seconds a token
+    transfer = tokens that D lacks x bytes a token x seconds a byte from P to D
+    ttft     = queue + max(compute, transfer) + the link's fixed time + D's step
+    cost     = ttft + itl
+
+The transfer runs beside the computation; only what it takes longer is waited for. The prompt prefilled on D itself:
+
+    ttft     = own + compute + step
+    harm     = (n + 1) x compute x (step + compute) / slo_itl
+    cost     = ttft + itl + harm
+
+Each running answer waits for the prompt's chunks; a second of that weighs as much as the gap it makes is long, in ITL
+objectives. So a short prompt does next to no harm, and a long one goes to a prefill worker unless that is slow or
+far. The one more stands for the answers that come while it computes: an idle D is no place for a long prompt either.
+
+What was not measured is the mean of the workers of the same identity that do the same work, then of all of that
+identity, then a constant, which makes equal workers differ by their load alone.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from router.core.columns import Floats, WorkerTable
+
+DEFAULT_STEP_S = 0.02
+DEFAULT_S_PER_TOKEN = 0.0005
+DEFAULT_KV_BYTES_PER_TOKEN = 32 << 10
+DEFAULT_LINK_BYTES_PER_S = 1e9
+DEFAULT_LINK_FIXED_S = 0.005
+
+Number = TypeVar("Number", float, Floats)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Speeds of one identity's workers, nothing unknown: arrays by row of the table that they are of."""
+
+    decode_step_s: Floats
+    """Of an empty batch."""
+    decode_weighted_step_s: Floats
+    """The same in seconds of time to first token."""
+    decode_s_per_token: Floats
+    decode_kv_bytes: Floats
+    """A token's."""
+    decode_carried_s: Floats
+    """What a token takes to get there over a link of the mean speed."""
+    prefill_s_per_token: Floats
+    link_s_per_byte: Floats
+    """A prefill worker's mean, for links that were not measured."""
+    link_fixed_s: Floats
+    is_measured: bool
+    """Whether steps and prefill both rest on a measurement of some worker."""
+
+
+def figures_of(decoders: WorkerTable, prefillers: WorkerTable, ttft_per_itl: float) -> Figures:
+    """Fills in what was not measured; columns without a gap are the tables' own."""
+    step_s = _filled(decoders.empty_step_s, DEFAULT_STEP_S)
+    s_per_byte = prefillers.link_s_per_byte
+    is_linked = s_per_byte > 0
+    num_linked = int(np.count_nonzero(is_linked))
+    fixed_s = prefillers.link_fixed_s
+    if num_linked < len(prefillers):
+        mean_fixed_s = float(fixed_s[is_linked].mean()) if num_linked else DEFAULT_LINK_FIXED_S
+        fixed_s = np.where(is_linked, fixed_s, mean_fixed_s)
+    kv_bytes = _filled(decoders.kv_bytes_per_token, DEFAULT_KV_BYTES_PER_TOKEN)
+    return Figures(
+        decode_step_s=step_s,
+        decode_weighted_step_s=step_s * ttft_per_itl,
+        decode_s_per_token=_filled(
+            decoders.s_per_token, _mean(prefillers.s_per_token) or DEFAULT_S_PER_TOKEN
+        ),
+        decode_kv_bytes=kv_bytes,
+        decode_carried_s=kv_bytes * (_mean(s_per_byte) or 1.0 / DEFAULT_LINK_BYTES_PER_S),
+        prefill_s_per_token=_filled(
+            prefillers.s_per_token, _mean(decoders.s_per_token) or DEFAULT_S_PER_TOKEN
+        ),
+        link_s_per_byte=_filled(s_per_byte, 1.0 / DEFAULT_LINK_BYTES_PER_S),
+        link_fixed_s=fixed_s,
+        is_measured=bool(decoders.empty_step_s.any())
+        and bool(decoders.s_per_token.any() or prefillers.s_per_token.any()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """The formulas above, over numbers or columns of them.
+
+    Raises:
+        ValueError: an objective is not positive.
+    """
+
+    slo_ttft_s: float
+    slo_itl_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("slo_ttft_s", "slo_itl_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; an objective is above 0 seconds and finite"
+                )
+
+    @property
+    def ttft_per_itl(self) -> float:
+        """Seconds of time to first token that weigh as much as one between tokens."""
+        return self.slo_ttft_s / self.slo_itl_s
+
+    def step_and_itl_s(
+        self, figures: Figures, table: WorkerTable, num_choices: int, num_blocks: Floats | int
+    ) -> tuple[Floats, Floats]:
+        """A decode step with the request in it; and that, with the memory it is in, as a cost."""
+        growth = table.growth  # it has one sequence more already
+        if num_choices > 1:
+            growth = growth + table.per_sequence * (num_choices - 1)
+        itl_s = table.per_block * num_blocks
+        itl_s += table.fullness
+        itl_s *= growth
+        itl_s *= figures.decode_weighted_step_s
+        return growth * figures.decode_step_s, itl_s
+
+    def harm_s(self, compute_s: Number, step_s: Number, num_sequences: Number) -> Number:
+        """What the answers on a worker suffer from a prompt that is computed beside them."""
+        return (num_sequences + 1.0) * compute_s * (step_s + compute_s) / self.slo_itl_s
+
+
+def _mean(column: Floats) -> float:
+    """Of what is known in it; 0 if nothing is."""
+    num_known = int(np.count_nonzero(column))
+    return float(column.sum()) / num_known if num_known else 0.0
+
+
+def _filled(column: Floats, otherwise: float) -> Floats:
+    """The unknown ones replaced by the mean of the known, or by `otherwise` where none is."""
+    if int(np.count_nonzero(column)) == len(column):
+        return column
+    return np.where(column > 0, column, _mean(column) or otherwise)

@@ -1,0 +1,121 @@
+"""Whether a request comes in: its tenant's limits, the service level, its deadline, and room in the queue.
+
+What is refused is refused at arrival, before it costs anything: RESOURCE_EXHAUSTED with the time after which it is
+worth trying again where others stand in the way, UNAVAILABLE where nobody is there to serve it, never the one for the
+other. Lives on the router's event loop.
+"""
+
+from collections.abc import Callable
+
+from router.core.failures import Code, Failure, Stage
+from router.core.placement import Placement, Wait, WaitCause
+from router.core.queue import TokenQueue
+from router.core.shedding import Shedder
+from router.core.tenants import TenantLimits
+from router.placer import Placer
+from router.requests import Request, RequestKey
+from router.verdicts import no_workers, too_large
+
+
+class Gate:
+    """Admits requests to `queue`, and keeps its tenants' accounts."""
+
+    def __init__(
+        self,
+        queue: TokenQueue[RequestKey],
+        limits: TenantLimits,
+        shedder: Shedder,
+        placer: Placer,
+        clock: Callable[[], float],
+    ) -> None:
+        self._queue = queue
+        self._limits = limits
+        self._shedder = shedder
+        self._placer = placer
+        self._clock = clock
+
+    def admit(self, request: Request) -> Failure | None:
+        """Lets a request into the queue, or says why not."""
+        assert request.demand is not None
+        num_tokens, tenant, now = request.demand.num_prompt_tokens, request.key.tenant, self._clock()
+        request.priority = self._limits.tenant(tenant).priority(request.priority)
+        refusal = self._limits.admit(tenant, num_tokens, now)
+        if refusal is not None:
+            return _exhausted(refusal.cause, refusal.message, refusal.retry_after_s)
+        request.is_counted = True
+        failure = (
+            self._no_place(self._placer.place(request)) or self._late(request, now) or self._full(request)
+        )
+        if failure is not None:
+            request.is_counted = False
+            self._limits.withdrawn(tenant, num_tokens, now)
+        return failure
+
+    def tokens_came(self, request: Request, num_tokens: int) -> None:
+        """An answer has grown; with its first token the prediction is held against what happened."""
+        if request.entry is not None:
+            self._queue.served(request.entry.tenant, num_tokens, request.entry.priority)
+        if request.forecast is not None:
+            self._shedder.observed(request.forecast, self._clock() - request.arrived_s)
+            request.forecast = None
+
+    def ended(self, request: Request) -> None:
+        """A request is over, whether it was waiting or running."""
+        self._queue.remove(request.key)
+        if request.is_counted:
+            request.is_counted = False
+            self._limits.finished(request.key.tenant, self._clock(), sum(request.answer.num_tokens))
+
+    def _no_place(self, decision: Placement | Wait) -> Failure | None:
+        if isinstance(decision, Wait) and decision.cause is WaitCause.NO_WORKERS:
+            return no_workers(decision)
+        if isinstance(decision, Wait) and decision.cause is WaitCause.TOO_LARGE:
+            return too_large(decision)
+        return None
+
+    def _late(self, request: Request, now: float) -> Failure | None:
+        assert request.demand is not None
+        weight = self._limits.tenant(request.key.tenant).weight
+        forecast = self._shedder.forecast(
+            request.demand.num_prompt_tokens,
+            self._queue.ahead(request.key.tenant, request.priority, weight),
+            self._queue.service_rate,
+            self._placer.predict_ttft_s(request),
+            priority=request.priority,
+        )
+        shed = self._shedder.judge(forecast, request.deadline_s - now)
+        request.forecast = forecast
+        if shed is None:
+            return None
+        return Failure(
+            code=shed.code,
+            stage=Stage.QUEUE,
+            cause=shed.cause,
+            message=shed.message,
+            retryable=shed.retryable,
+            retry_after_s=shed.retry_after_s,
+        )
+
+    def _full(self, request: Request) -> Failure | None:
+        assert request.demand is not None
+        full = self._queue.offer(
+            request.key,
+            request.demand.num_prompt_tokens,
+            request.deadline_s,
+            self._clock(),
+            tenant=request.key.tenant,
+            priority=request.priority,
+            weight=self._limits.tenant(request.key.tenant).weight,
+        )
+        return None if full is None else _exhausted("QUEUE_FULL", full.reason, full.retry_after_s)
+
+
+def _exhausted(cause: str, message: str, retry_after_s: float) -> Failure:
+    return Failure(
+        code=Code.RESOURCE_EXHAUSTED,
+        stage=Stage.QUEUE,
+        cause=cause,
+        message=message,
+        retryable=True,
+        retry_after_s=retry_after_s,
+    )
