@@ -27,11 +27,13 @@ from router.core.retries import RetryBudget
 from router.gate import Gate
 from router.placer import Placer
 from router.requests import CallLater, Request, RequestKey
+from router.resume import ResumeHandles
 from router.verdicts import (
     Verdict,
     failure_of,
     given_up,
     no_workers,
+    taken_over,
     too_large,
     verdict_on,
     worker_lost,
@@ -64,6 +66,7 @@ class Dispatcher:
         gate: Gate,
         placer: Placer,
         links: Links,
+        handles: ResumeHandles,
         clock: Callable[[], float],
         call_later: CallLater,
     ) -> None:
@@ -74,6 +77,7 @@ class Dispatcher:
         self._gate = gate
         self._placer = placer
         self._links = links
+        self._handles = handles
         self._clock = clock
         self._call_later = call_later
         self._pumping = False
@@ -81,11 +85,17 @@ class Dispatcher:
 
     # --- requests ----------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, task: worker_pb2.GenerationTask) -> None:
-        """Accepts a request that was admitted, or ends it where there is no room or nobody to serve it."""
+    def submit(
+        self, request: Request, task: worker_pb2.GenerationTask, written_on: WorkerRef | None = None
+    ) -> None:
+        """Accepts a request that was admitted, or ends it where there is no room or nobody to serve it. `written_on`:
+        the worker that may be writing its answer for another router."""
         request.task = task
         request.demand = _demand(task)
         self._placer.tokens_changed(request)
+        if written_on is not None and self._placer.is_here(written_on):
+            self._take_over(request, written_on)
+            return
         failure = self._gate.admit(request)
         if failure is not None:
             self._book.end(request, RequestState.FAILED, failure)
@@ -94,6 +104,14 @@ class Dispatcher:
         request.accepted = messages.accepted(request)
         request.wake()
         self.pump()
+
+    def _take_over(self, request: Request, ref: WorkerRef) -> None:
+        """Asks a worker for the answer that it writes for another router. Where it has none, the request is placed."""
+        self._gate.let_in(request)
+        request.accepted = messages.accepted(request)
+        request.is_taken_over = True
+        self._dispatch(request, Placement(ref, None, f"{ref.worker_id} writes it for another router"))
+        request.wake()
 
     def pump(self) -> None:
         """Places what can be placed, in order."""
@@ -145,7 +163,11 @@ class Dispatcher:
         request.replay_asked = request.replay_due = False
         request.lifecycle.move(RequestState.PLACED, self._clock())
         logger.info("request %s attempt %d: %s", request.key.request_id, request.attempt, placement.reason)
-        self._links.send(placement.decode, messages.reserve(request, self._remaining_s(request)))
+        self._reserve(request, placement.decode)
+
+    def _reserve(self, request: Request, ref: WorkerRef) -> None:
+        message = messages.reserve(request, self._remaining_s(request))
+        self._links.send(ref, messages.take_over(request) if request.is_taken_over else message)
 
     def _requeue(self, request: Request, cause: str) -> None:
         """Back to its old place in the queue; what the attempt held is returned."""
@@ -208,7 +230,11 @@ class Dispatcher:
         if request.lifecycle.state is not RequestState.PLACED or request.placement is None:
             return
         self._placer.granted(request, message.cached_tokens)
-        request.lease = message
+        request.lease, request.is_taken_over = message, False
+        if request.resumable:
+            request.resume_handle = self._handles.make(request, request.attempt, ref)
+            request.num_handles += 1
+            request.wake()
         request.lifecycle.move(RequestState.RESERVED, self._clock())
         request.lifecycle.move(RequestState.PREFILLING, self._clock())
         if request.replay_due:
@@ -253,6 +279,11 @@ class Dispatcher:
         if request.answer.is_complete:
             self._finish_if_complete(request, wait_for_figures=False)
             return
+        if request.is_taken_over:
+            request.is_taken_over = False
+            self._requeue(request, error.cause)
+            self.pump()
+            return
         verdict = verdict_on(error, request.lifecycle.state)
         if verdict is Verdict.OUTDATED and request.num_stale >= MAX_STALE:
             verdict = Verdict.FAIL
@@ -268,6 +299,8 @@ class Dispatcher:
                 request.num_stale += 1
                 self._requeue(request, error.cause)
                 self.pump()
+            case Verdict.TAKEN_OVER:
+                self._book.end(request, RequestState.CANCELLED, taken_over())
             case Verdict.RECOVER:
                 self._recover(request, ref, failure_of(error, request.stage))
                 self.pump()
@@ -293,7 +326,7 @@ class Dispatcher:
             elif request.lease is None:
                 # Its tokens may have gone the way that the grant went.
                 request.replay_due = True
-                self._links.send(ref, messages.reserve(request, self._remaining_s(request)))
+                self._reserve(request, ref)
             elif request.answer.is_complete:
                 for choice, num_tokens in enumerate(request.answer.num_tokens):
                     self._links.acknowledge(ref, request.wire_key, choice, num_tokens)

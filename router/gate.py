@@ -51,6 +51,20 @@ class Gate:
             self._limits.withdrawn(tenant, num_tokens, now)
         return failure
 
+    def let_in(self, request: Request) -> None:
+        """A request that another router had admitted goes on here: it neither waits nor is refused."""
+        assert request.demand is not None
+        tenant = self._limits.tenant(request.key.tenant)
+        request.priority = tenant.priority(request.priority)
+        request.entry = self._queue.entry_of_running(
+            request.key,
+            request.demand.num_prompt_tokens,
+            request.deadline_s,
+            tenant.name,
+            request.priority,
+            tenant.weight,
+        )
+
     def tokens_came(self, request: Request, num_tokens: int) -> None:
         """An answer has grown; with its first token the prediction is held against what happened."""
         if request.entry is not None:

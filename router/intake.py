@@ -21,12 +21,13 @@ from router.core import admission
 from router.core.admission import Limits
 from router.core.answer import Answer
 from router.core.failures import Code, Failure, Rejection, Stage, invalid
-from router.core.handles import BadHandle, ResumeHandle, seal, unseal
+from router.core.fleet import WorkerRef
 from router.core.lifecycle import Lifecycle, RequestState
 from router.dispatcher import Dispatcher
 from router.errors import defect
 from router.prompts import Prompt, body_digest
 from router.requests import Attachment, Request, RequestKey
+from router.resume import ResumeHandles
 
 INLINE_BYTES = 16 << 10
 TOKENIZER_THREADS = 2
@@ -53,10 +54,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """What a new request goes on from: nothing, an earlier run here, or one at another router."""
+    """What a new request goes on from: nothing, an earlier run here, or one at another router, whose decode worker
+    may be writing the answer still."""
 
     seed: int
     attempt: int
+    written_on: WorkerRef | None = None
 
 
 class Intake:
@@ -69,9 +72,11 @@ class Intake:
         tokenizer: Tokenizer,
         book: RequestBook,
         dispatcher: Dispatcher,
+        handles: ResumeHandles,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
+        self._handles = handles
         self._limits = limits
         self._tokenizer = tokenizer
         self._book = book
@@ -98,10 +103,11 @@ class Intake:
             return self._book.attach(known, call.next_index)
         if not self._is_open:
             raise _failed(Code.UNAVAILABLE, "SHUTTING_DOWN", "the router is stopping", retryable=True)
-        request = self._new_request(call, key, body, self._origin(call, body, known))
+        origin = self._origin(call, body, known)
+        request = self._new_request(call, key, body, origin)
         self._book.begin(request)
         attachment = self._book.attach(request, call.next_index)
-        self._admit(request, call)
+        self._admit(request, call, origin)
         return attachment
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
@@ -132,8 +138,9 @@ class Intake:
         if known is not None:
             return _Origin(known.seed, known.attempt)
         if call.resume_handle:
-            handle = self._unseal(call, body)
-            return _Origin(handle.seed, handle.attempt)
+            handle = self._handles.read(call.resume_handle, RequestKey(call.tenant, call.request_id), body)
+            written_on = WorkerRef(handle.worker_id, handle.epoch) if handle.worker_id else None
+            return _Origin(handle.seed, handle.attempt, written_on)
         if call.next_index > 0 and not admission.is_repeatable(call.sampling):
             raise _failed(
                 Code.NOT_FOUND,
@@ -143,59 +150,45 @@ class Intake:
             )
         return _Origin(seed, 0)
 
-    def _unseal(self, call: Call, body: bytes) -> ResumeHandle:
-        try:
-            handle = unseal(call.resume_handle, self._config.cluster_secret)
-        except BadHandle as error:
-            raise invalid("BAD_RESUME_HANDLE", str(error)) from None
-        if (handle.tenant, handle.request_id, handle.body) != (call.tenant, call.request_id, body.hex()):
-            raise invalid("BAD_RESUME_HANDLE", "the resume handle belongs to another request")
-        return handle
-
     def _new_request(self, call: Call, key: RequestKey, body: bytes, origin: _Origin) -> Request:
         now = self._clock()
-        handle = ResumeHandle(
-            tenant=key.tenant,
-            request_id=key.request_id,
-            attempt=origin.attempt + 1,
-            seed=origin.seed,
-            body=body.hex(),
-        )
-        return Request(
+        request = Request(
             key=key,
             body=body,
             seed=origin.seed,
             attempt=origin.attempt,
             deadline_s=now + self._time_allowed_s(call),
             resumable=call.resumable,
-            resume_handle=seal(handle, self._config.cluster_secret),
+            resume_handle=b"",
             lifecycle=Lifecycle(now),
             answer=Answer(call.sampling.n or 1),
             priority=call.priority,
             arrived_s=now,
         )
+        request.resume_handle = self._handles.make(request, origin.attempt + 1)
+        return request
 
     def _time_allowed_s(self, call: Call) -> float:
         asked_s = call.timeout_s or self._config.default_timeout_s
         remaining_s = asked_s if call.remaining_s is None else call.remaining_s
         return min(asked_s, remaining_s, self._config.max_timeout_s)
 
-    def _admit(self, request: Request, call: Call) -> None:
+    def _admit(self, request: Request, call: Call, origin: _Origin) -> None:
         if call.prompt.num_bytes <= INLINE_BYTES:
             with self._ending(request):
-                self._submit(request, call, self._encode(call.prompt))
+                self._submit(request, call, origin, self._encode(call.prompt))
             return
-        task = asyncio.create_task(self._admit_long(request, call))
+        task = asyncio.create_task(self._admit_long(request, call, origin))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _admit_long(self, request: Request, call: Call) -> None:
+    async def _admit_long(self, request: Request, call: Call, origin: _Origin) -> None:
         with self._ending(request):
-            self._submit(request, call, await self.tokenize(call.prompt))
+            self._submit(request, call, origin, await self.tokenize(call.prompt))
 
-    def _submit(self, request: Request, call: Call, token_ids: list[int]) -> None:
+    def _submit(self, request: Request, call: Call, origin: _Origin, token_ids: list[int]) -> None:
         if not request.is_over:
-            self._dispatcher.submit(request, self._task(request, call, token_ids))
+            self._dispatcher.submit(request, self._task(request, call, token_ids), origin.written_on)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         try:
@@ -221,6 +214,7 @@ class Intake:
             sampling=admission.complete_sampling(call.sampling, len(token_ids), self._limits, request.seed),
             eos_token_ids=sorted(self._tokenizer.eos_token_ids),
             fidelity=self._config.fidelity,
+            resumable=request.resumable,
         )
 
 

@@ -25,6 +25,11 @@ def reserve(request: Request, remaining_s: float) -> worker_pb2.RouterMessage:
     )
 
 
+def take_over(request: Request) -> worker_pb2.RouterMessage:
+    """To the decode worker that writes the answer for another router."""
+    return worker_pb2.RouterMessage(take_over=worker_pb2.TakeOver(key=request.wire_key))
+
+
 def start_prefill(request: Request, remaining_s: float) -> worker_pb2.RouterMessage:
     """To the prefill worker, with the lease to push into."""
     return worker_pb2.RouterMessage(

@@ -57,7 +57,8 @@ class Request:
     """One request. `deadline_s` is monotonic; `body` digests all that determines the answer; `attempt` is the
     number of the present placement, or of the last one before the first; `prefill` is the present attempt's,
     `prefills` those of all. `failed_on`: where attempts ended without an answer; `landed_on`: the decode worker to
-    which an attempt had been pushing. `is_counted`: against its tenant's limits."""
+    which an attempt had been pushing. `is_counted`: against its tenant's limits. `num_handles`: how often the handle
+    was made anew; `is_taken_over`: it was asked of a worker that writes it for another router."""
 
     key: RequestKey
     body: bytes
@@ -66,6 +67,8 @@ class Request:
     deadline_s: float
     resumable: bool
     resume_handle: bytes
+    num_handles: int = 1
+    is_taken_over: bool = False
     lifecycle: Lifecycle
     answer: Answer
     demand: Demand | None = None
@@ -152,7 +155,7 @@ class Attachment:
         self._clock = clock
         self._taken_s = clock()
         self._waiting = False
-        self._accepted_sent = False
+        self._handles_sent = 0
         self._ended = False
         self._dropped: Failure | None = None
 
@@ -198,9 +201,12 @@ class Attachment:
         if self._dropped is not None:
             raise Rejection(self._dropped, request.key.request_id, request.attempt)
         self._taken_s = self._clock()
-        if request.accepted is not None and not self._accepted_sent:
-            self._accepted_sent = True
+        if request.accepted is not None and not self._handles_sent:
+            self._handles_sent = request.num_handles
             return [pb.GenerateResponse(accepted=request.accepted)]
+        if request.accepted is not None and self._handles_sent < request.num_handles and not request.is_over:
+            self._handles_sent = request.num_handles
+            return [pb.GenerateResponse(resume_handle=request.resume_handle)]
         messages = self._reader.read(MAX_MESSAGE_BYTES)
         if messages:
             return messages

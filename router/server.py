@@ -32,6 +32,7 @@ from router.membership import Membership, Switchboard
 from router.placer import Placer
 from router.prompt_keys import KeyRoots
 from router.requests import RequestKey
+from router.resume import ResumeHandles
 from router.workers import LinkSettings
 from text.tokenizer import Tokenizer as ModelTokenizer
 
@@ -152,11 +153,12 @@ class RouterServer:
         feed = IndexFeed()
         placer = Placer(placement, feed, KeyRoots(config.cluster_secret), loop.time)
         gate = Gate(queue, TenantLimits(config.tenants), Shedder(config.slo_ttft_s), placer, loop.time)
-        dispatcher = Dispatcher(book, queue, gate, placer, switchboard, loop.time, loop.call_later)
+        handles = ResumeHandles(config.cluster_secret)
+        dispatcher = Dispatcher(book, queue, gate, placer, switchboard, handles, loop.time, loop.call_later)
         readiness_changed = asyncio.Event()
         membership = self._membership(switchboard, placement, dispatcher, feed, readiness_changed.set)
         limits = self._model.limits(self._tokenizer.vocab_size)
-        intake = Intake(config, limits, self._tokenizer, book, dispatcher, loop.time)
+        intake = Intake(config, limits, self._tokenizer, book, dispatcher, handles, loop.time)
         health_servicer = health.aio.HealthServicer()
         server = _grpc_server(
             config,

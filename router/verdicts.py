@@ -25,6 +25,7 @@ class Verdict(StrEnum):
 
     NO_ROOM = "NO_ROOM"  # the reservation was refused: back to the queue
     OUTDATED = "OUTDATED"  # the worker knows a later attempt of that name: place it with a higher number
+    TAKEN_OVER = "TAKEN_OVER"  # another router goes on with it
     RECOVER = "RECOVER"  # another attempt may do better
     FAIL = "FAIL"
 
@@ -33,6 +34,8 @@ def verdict_on(error: pb.ErrorDetail, state: RequestState) -> Verdict:
     """By the failure's cause, and by how far the request has come."""
     if state is RequestState.PLACED and error.cause in _NO_ROOM:
         return Verdict.NO_ROOM
+    if error.cause == "TAKEN_OVER":
+        return Verdict.TAKEN_OVER
     if error.cause in _OUTDATED:
         return Verdict.OUTDATED
     return Verdict.RECOVER if error.retryable else Verdict.FAIL
@@ -77,6 +80,16 @@ def no_workers(wait: Wait) -> Failure:
         message=wait.reason,
         retryable=True,
         retry_after_s=NO_WORKERS_RETRY_S,
+    )
+
+
+def taken_over() -> Failure:
+    """Another router goes on with the request: whoever still listens here listens at the wrong place."""
+    return Failure(
+        code=Code.CANCELLED,
+        stage=Stage.DECODE,
+        cause="TAKEN_OVER",
+        message="another router goes on with this request",
     )
 
 

@@ -88,6 +88,8 @@ class AnswerState:
                 self.seed = event.accepted.seed
                 self.prompt_tokens = event.accepted.prompt_tokens
                 self.resume_handle = event.accepted.resume_handle
+            case "resume_handle":
+                self.resume_handle = event.resume_handle
             case "delta":
                 return self._fold_delta(event.delta)
             case "choice_finished":

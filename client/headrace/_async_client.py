@@ -75,6 +75,7 @@ class AsyncAnswer(AnswerView):
         self._connection = connection
         self._cancel = cancel
         self._hung_up = asyncio.Event()
+        self._router = connection.routers.current
         self._events = send(state, answer_timeout_s(attempts))
 
     def __aiter__(self) -> Self:
@@ -157,7 +158,7 @@ class AsyncAnswer(AnswerView):
         try:
             event = await self._events.read()
         except grpc.RpcError as failed:
-            raise self._connection.error(failed, self.request_id) from None
+            raise self._connection.error(failed, self._router, self.request_id) from None
         except asyncio.CancelledError:
             if _task_is_cancelled():
                 self._hang_up()
@@ -172,6 +173,7 @@ class AsyncAnswer(AnswerView):
         if delay_s is None or await self._hung_up_within(delay_s):
             return
         self._state.reconnect()
+        self._router = self._connection.routers.current
         self._events = self._send(self._state, answer_timeout_s(self._attempts))
 
     async def _hung_up_within(self, delay_s: float) -> bool:
@@ -186,7 +188,8 @@ class AsyncClient:
     """Calls a cluster from asyncio. Belongs to the event loop in which it was made.
 
     Args:
-        address: HOST:PORT of a router.
+        address: HOST:PORT of a router, or a list of them: of one cluster's, any. A call goes to another one
+            when its router cannot be reached, and an answer goes on there.
         api_key: sent as a bearer token; None where the cluster asks for none.
         timeout_s: seconds an answer may take unless its call says otherwise, repeats included.
             None: what the cluster's profile says.
@@ -200,7 +203,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         api_key: str | None = None,
         timeout_s: float | None = None,
@@ -210,13 +213,14 @@ class AsyncClient:
         # Without a running loop gRPC would bind the channel to another one than the calls will run in.
         asyncio.get_running_loop()
         self._connection = Connection.of(address, api_key, timeout_s, retry)
-        self._channel = (
-            grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channels = [
+            grpc.aio.insecure_channel(each, options=CHANNEL_OPTIONS)
             if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-        )
-        self._inference = InferenceStub(self._channel)
-        self._cluster = ClusterStub(self._channel)
+            else grpc.aio.secure_channel(each, credentials, options=CHANNEL_OPTIONS)
+            for each in self._connection.routers.addresses
+        ]
+        self._inferences = [InferenceStub(channel) for channel in self._channels]
+        self._clusters = [ClusterStub(channel) for channel in self._channels]
         self._answers: WeakSet[AsyncAnswer] = WeakSet()
         self._closed = False
 
@@ -227,7 +231,8 @@ class AsyncClient:
             InvalidRequest: an argument cannot be sent. What the cluster refuses comes when reading.
         """
         request = generate_request(prompt, options)
-        return self._answer(self._inference.Generate, request, options.get("timeout_s"))
+        methods = [stub.Generate for stub in self._inferences]
+        return self._answer(methods, request, options.get("timeout_s"))
 
     def chat(self, messages: Iterable[ChatTurn], **options: Unpack[AnswerOptions]) -> AsyncAnswer:
         """Starts an answer to a conversation: dicts with `role` and `content`, or Messages.
@@ -235,7 +240,8 @@ class AsyncClient:
         Raises: as `generate`.
         """
         request = chat_request(messages, options)
-        return self._answer(self._inference.Chat, request, options.get("timeout_s"))
+        methods = [stub.Chat for stub in self._inferences]
+        return self._answer(methods, request, options.get("timeout_s"))
 
     async def cancel(self, request_id: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> bool:
         """Ends a request wherever it is; whether it was running. An unknown one is not an error.
@@ -244,7 +250,8 @@ class AsyncClient:
             HeadraceError: the router could not be told.
         """
         request = cancel_request(request_id)
-        response = await self._call(self._inference.Cancel, request, timeout_s, request_id)
+        methods = [stub.Cancel for stub in self._inferences]
+        response = await self._call(methods, request, timeout_s, request_id)
         return response.was_running
 
     async def get(self, request_id: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> RequestInfo:
@@ -255,7 +262,8 @@ class AsyncClient:
             HeadraceError: the call failed.
         """
         request = get_request(request_id)
-        return _convert.request_info(await self._call(self._inference.Get, request, timeout_s, request_id))
+        methods = [stub.Get for stub in self._inferences]
+        return _convert.request_info(await self._call(methods, request, timeout_s, request_id))
 
     async def tokenize(
         self,
@@ -271,7 +279,7 @@ class AsyncClient:
             HeadraceError: the call failed.
         """
         request = tokenize_request(text_or_messages, model)
-        response = await self._call(self._inference.Tokenize, request, timeout_s)
+        response = await self._call([stub.Tokenize for stub in self._inferences], request, timeout_s)
         return list(response.token_ids)
 
     async def models(self, *, timeout_s: float = CONTROL_TIMEOUT_S) -> list[Model]:
@@ -280,7 +288,8 @@ class AsyncClient:
         Raises:
             HeadraceError: the call failed.
         """
-        response = await self._call(self._inference.Models, wire.ModelsRequest(), timeout_s)
+        methods = [stub.Models for stub in self._inferences]
+        response = await self._call(methods, wire.ModelsRequest(), timeout_s)
         return [_convert.model(model) for model in response.models]
 
     async def status(self, *, timeout_s: float = CONTROL_TIMEOUT_S) -> StatusResponse:
@@ -289,7 +298,7 @@ class AsyncClient:
         Raises:
             HeadraceError: the call failed.
         """
-        return await self._call(self._cluster.Status, StatusRequest(), timeout_s)
+        return await self._call([stub.Status for stub in self._clusters], StatusRequest(), timeout_s)
 
     async def close(self) -> None:
         """Closes the connection; answers that are still running are cancelled. May be repeated."""
@@ -297,7 +306,8 @@ class AsyncClient:
         # gRPC's asyncio channel leaves streams that are being read to wait for ever when it closes.
         for answer in list(self._answers):
             answer._disconnect()
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -309,13 +319,14 @@ class AsyncClient:
 
     def _answer(
         self,
-        method: "grpc.aio.UnaryStreamMultiCallable[_Question, wire.GenerateResponse]",
+        methods: "Sequence[grpc.aio.UnaryStreamMultiCallable[_Question, wire.GenerateResponse]]",
         request: _Question,
         timeout_s: float | None,
     ) -> AsyncAnswer:
         def send(state: AnswerState, timeout_s: float | None) -> _Events:
             self._require_open()
             request.resume_handle = state.resume_handle
+            method = methods[self._connection.routers.current]
             return method(request, timeout=timeout_s, metadata=self._connection.metadata)
 
         attempts = self._connection.begin(request, timeout_s)
@@ -326,7 +337,7 @@ class AsyncClient:
 
     async def _call(
         self,
-        method: "grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]",
+        methods: "Sequence[grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]]",
         request: _Request,
         timeout_s: float,
         request_id: str = "",
@@ -334,12 +345,14 @@ class AsyncClient:
         attempts = Attempts(self._connection.retry, timeout_s)
         while True:
             self._require_open()
+            router = self._connection.routers.current
+            method = methods[router]
             try:
                 return await method(
                     request, timeout=attempts.remaining_s(), metadata=self._connection.metadata
                 )
             except grpc.RpcError as failed:
-                error = self._connection.error(failed, request_id)
+                error = self._connection.error(failed, router, request_id)
             except asyncio.CancelledError:
                 if _task_is_cancelled():
                     raise

@@ -68,6 +68,7 @@ class Answer(AnswerView):
         self._connection = connection
         self._cancel = cancel
         self._hung_up = threading.Event()
+        self._router = connection.routers.current
         self._events = send(state, answer_timeout_s(attempts))
 
     def __iter__(self) -> Iterator[str]:
@@ -140,7 +141,7 @@ class Answer(AnswerView):
         try:
             return next(self._events, None)
         except grpc.RpcError as failed:
-            raise self._connection.error(failed, self.request_id) from None
+            raise self._connection.error(failed, self._router, self.request_id) from None
 
     def _recover(self, error: HeadraceError) -> None:
         # The call is over, unless its events made no sense: then it is not read any further.
@@ -149,6 +150,7 @@ class Answer(AnswerView):
         if delay_s is None or self._hung_up.wait(delay_s):
             return
         self._state.reconnect()
+        self._router = self._connection.routers.current
         self._events = self._send(self._state, answer_timeout_s(self._attempts))
         if self._hung_up.is_set():
             # close() came in between and cancelled the call before this one.
@@ -159,7 +161,8 @@ class Client:
     """Calls a cluster and waits for it. One client may be shared by threads.
 
     Args:
-        address: HOST:PORT of a router.
+        address: HOST:PORT of a router, or a list of them: of one cluster's, any. A call goes to another one
+            when its router cannot be reached, and an answer goes on there.
         api_key: sent as a bearer token; None where the cluster asks for none.
         timeout_s: seconds an answer may take unless its call says otherwise, repeats included.
             None: what the cluster's profile says.
@@ -172,7 +175,7 @@ class Client:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         api_key: str | None = None,
         timeout_s: float | None = None,
@@ -180,13 +183,14 @@ class Client:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._connection = Connection.of(address, api_key, timeout_s, retry)
-        self._channel = (
-            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channels = [
+            grpc.insecure_channel(each, options=CHANNEL_OPTIONS)
             if credentials is None
-            else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-        )
-        self._inference = InferenceStub(self._channel)
-        self._cluster = ClusterStub(self._channel)
+            else grpc.secure_channel(each, credentials, options=CHANNEL_OPTIONS)
+            for each in self._connection.routers.addresses
+        ]
+        self._inferences = [InferenceStub(channel) for channel in self._channels]
+        self._clusters = [ClusterStub(channel) for channel in self._channels]
         self._closed = False
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[AnswerOptions]) -> Answer:
@@ -196,7 +200,8 @@ class Client:
             InvalidRequest: an argument cannot be sent. What the cluster refuses comes when reading.
         """
         request = generate_request(prompt, options)
-        return self._answer(self._inference.Generate, request, options.get("timeout_s"))
+        methods = [stub.Generate for stub in self._inferences]
+        return self._answer(methods, request, options.get("timeout_s"))
 
     def chat(self, messages: Iterable[ChatTurn], **options: Unpack[AnswerOptions]) -> Answer:
         """Starts an answer to a conversation: dicts with `role` and `content`, or Messages.
@@ -204,7 +209,8 @@ class Client:
         Raises: as `generate`.
         """
         request = chat_request(messages, options)
-        return self._answer(self._inference.Chat, request, options.get("timeout_s"))
+        methods = [stub.Chat for stub in self._inferences]
+        return self._answer(methods, request, options.get("timeout_s"))
 
     def cancel(self, request_id: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> bool:
         """Ends a request wherever it is; whether it was running. An unknown one is not an error.
@@ -213,7 +219,8 @@ class Client:
             HeadraceError: the router could not be told.
         """
         request = cancel_request(request_id)
-        response = self._call(self._inference.Cancel, request, timeout_s, request_id)
+        methods = [stub.Cancel for stub in self._inferences]
+        response = self._call(methods, request, timeout_s, request_id)
         return response.was_running
 
     def get(self, request_id: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> RequestInfo:
@@ -224,7 +231,8 @@ class Client:
             HeadraceError: the call failed.
         """
         request = get_request(request_id)
-        return _convert.request_info(self._call(self._inference.Get, request, timeout_s, request_id))
+        methods = [stub.Get for stub in self._inferences]
+        return _convert.request_info(self._call(methods, request, timeout_s, request_id))
 
     def tokenize(
         self,
@@ -240,7 +248,7 @@ class Client:
             HeadraceError: the call failed.
         """
         request = tokenize_request(text_or_messages, model)
-        response = self._call(self._inference.Tokenize, request, timeout_s)
+        response = self._call([stub.Tokenize for stub in self._inferences], request, timeout_s)
         return list(response.token_ids)
 
     def models(self, *, timeout_s: float = CONTROL_TIMEOUT_S) -> list[Model]:
@@ -249,7 +257,8 @@ class Client:
         Raises:
             HeadraceError: the call failed.
         """
-        response = self._call(self._inference.Models, wire.ModelsRequest(), timeout_s)
+        methods = [stub.Models for stub in self._inferences]
+        response = self._call(methods, wire.ModelsRequest(), timeout_s)
         return [_convert.model(model) for model in response.models]
 
     def status(self, *, timeout_s: float = CONTROL_TIMEOUT_S) -> StatusResponse:
@@ -258,12 +267,13 @@ class Client:
         Raises:
             HeadraceError: the call failed.
         """
-        return self._call(self._cluster.Status, StatusRequest(), timeout_s)
+        return self._call([stub.Status for stub in self._clusters], StatusRequest(), timeout_s)
 
     def close(self) -> None:
         """Closes the connection; answers that are still running are cancelled. May be repeated."""
         self._closed = True
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -275,13 +285,14 @@ class Client:
 
     def _answer(
         self,
-        method: "grpc.UnaryStreamMultiCallable[_Question, wire.GenerateResponse]",
+        methods: "Sequence[grpc.UnaryStreamMultiCallable[_Question, wire.GenerateResponse]]",
         request: _Question,
         timeout_s: float | None,
     ) -> Answer:
         def send(state: AnswerState, timeout_s: float | None) -> _Events:
             self._require_open()
             request.resume_handle = state.resume_handle
+            method = methods[self._connection.routers.current]
             return method(request, timeout=timeout_s, metadata=self._connection.metadata)
 
         attempts = self._connection.begin(request, timeout_s)
@@ -290,7 +301,7 @@ class Client:
 
     def _call(
         self,
-        method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]",
+        methods: "Sequence[grpc.UnaryUnaryMultiCallable[_Request, _Response]]",
         request: _Request,
         timeout_s: float,
         request_id: str = "",
@@ -298,10 +309,12 @@ class Client:
         attempts = Attempts(self._connection.retry, timeout_s)
         while True:
             self._require_open()
+            router = self._connection.routers.current
+            method = methods[router]
             try:
                 return method(request, timeout=attempts.remaining_s(), metadata=self._connection.metadata)
             except grpc.RpcError as failed:
-                error = self._connection.error(failed, request_id)
+                error = self._connection.error(failed, router, request_id)
             delay_s = attempts.delay_s(error)
             if delay_s is None:
                 raise error

@@ -1,6 +1,6 @@
 """What both clients need to call a router over gRPC: address, key, channel options, errors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from headrace import _convert
 from headrace._errors import CLIENT_STAGE, Cancelled, HeadraceError, Unavailable, bad_argument, error_class
 from headrace._retry import Attempts, RetryPolicy
+from headrace._routers import Routers
 from headrace.v1 import inference_pb2 as wire
 
 DEFAULT_ADDRESS = "127.0.0.1:8460"
@@ -39,26 +40,31 @@ _DEADLINE_GRACE_S = 0.5
 class Connection:
     """Where and how a client calls. Times are in seconds; `timeout_s` None leaves them to the cluster."""
 
-    address: str
+    routers: Routers
     metadata: tuple[tuple[str, str], ...]
     timeout_s: float | None
     retry: RetryPolicy
 
     @classmethod
-    def of(cls, address: str, api_key: str | None, timeout_s: float | None, retry: RetryPolicy) -> Self:
+    def of(
+        cls, address: str | Sequence[str], api_key: str | None, timeout_s: float | None, retry: RetryPolicy
+    ) -> Self:
         """The connection that a client's arguments describe.
 
         Raises:
-            InvalidRequest: no port in the address, an API key that no header can carry, a timeout
+            InvalidRequest: no address, or no port in one, an API key that no header can carry, a timeout
                 that is not positive.
         """
-        if ":" not in address:
-            raise bad_argument(f"address must be HOST:PORT, such as {DEFAULT_ADDRESS}; got {address!r}")
+        addresses = [address] if isinstance(address, str) else list(address)
+        if not addresses or not all(isinstance(each, str) and ":" in each for each in addresses):
+            raise bad_argument(
+                f"address must be HOST:PORT, such as {DEFAULT_ADDRESS}, or several of them; got {address!r}"
+            )
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
             raise bad_argument("api_key must be printable ASCII and not empty")
         Attempts(retry, timeout_s)  # refuses a bad timeout now and not at the first call
         metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
-        return cls(address=address, metadata=metadata, timeout_s=timeout_s, retry=retry)
+        return cls(routers=Routers(addresses), metadata=metadata, timeout_s=timeout_s, retry=retry)
 
     def begin(self, request: wire.GenerateRequest | wire.ChatRequest, timeout_s: float | None) -> Attempts:
         """Writes the time limit into the request; the attempts that it may take.
@@ -72,8 +78,13 @@ class Connection:
         request.timeout_s = timeout_s or 0.0
         return attempts
 
-    def error(self, failed: grpc.RpcError, request_id: str = "") -> HeadraceError:
-        """The typed error for a failed call."""
+    def error(self, failed: grpc.RpcError, router: int, request_id: str = "") -> HeadraceError:
+        """The typed error for a failed call to a router; the next call goes to another one where it is gone."""
+        error = self._typed(failed, router, request_id)
+        self.routers.failed(router, error)
+        return error
+
+    def _typed(self, failed: grpc.RpcError, router: int, request_id: str) -> HeadraceError:
         code = failed.code().name
         detail = _detail_of(failed)
         if detail is not None:
@@ -81,14 +92,15 @@ class Connection:
             return _convert.error_from_detail(detail, error_class(code), code=code, message=code)
         # Without a detail it was not the router that spoke, but gRPC on either side.
         if code == "UNAVAILABLE":
-            return self._unreachable(failed.details() or "", request_id)
+            return self._unreachable(failed.details() or "", router, request_id)
         return error_class(code)(
             failed.details() or code, request_id=request_id, stage=CLIENT_STAGE, cause=code, code=code
         )
 
-    def _unreachable(self, reason: str, request_id: str) -> Unavailable:
+    def _unreachable(self, reason: str, router: int, request_id: str) -> Unavailable:
+        address = self.routers.addresses[router]
         return Unavailable(
-            f"no connection to a router at {self.address} ({reason}); is the cluster up?",
+            f"no connection to a router at {address} ({reason}); is the cluster up?",
             request_id=request_id,
             stage=CLIENT_STAGE,
             cause="NO_CONNECTION",

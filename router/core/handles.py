@@ -1,8 +1,7 @@
 """The resume handle: what a client carries to another router, or back to this one, to go on with an answer.
 
 Sealed with a key derived from the cluster secret, so that any router of the cluster can read it and nobody
-else can make one. It names no worker and holds no text. Opaque to clients; the layout may change with the
-leading version byte.
+else can make one. It holds no text. Opaque to clients; the layout may change with the leading version byte.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import hmac
 import json
 from dataclasses import asdict, dataclass
 
-VERSION = b"\x01"
+VERSION = b"\x02"
 _SEAL_BYTES = 32
 MAX_HANDLE_BYTES = 4096
 
@@ -21,13 +20,16 @@ class BadHandle(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeHandle:
-    """Which request of which tenant, the attempt it was at, its seed and its body's digest in hex."""
+    """Which request of which tenant, the attempt it was at, its seed and its body's digest in hex; and the worker that
+    writes the answer, with that incarnation's epoch: empty and 0 until there is one."""
 
     tenant: str
     request_id: str
     attempt: int
     seed: int
     body: str
+    worker_id: str = ""
+    epoch: int = 0
 
 
 def seal(handle: ResumeHandle, cluster_secret: bytes) -> bytes:

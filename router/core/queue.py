@@ -196,6 +196,14 @@ class TokenQueue(Generic[K]):
         self._seen(entry.tenant, entry.weight)
         self._insert(entry)
 
+    def entry_of_running(
+        self, key: K, num_tokens: int, deadline: float, tenant: str, priority: int, weight: float
+    ) -> Entry[K]:
+        """For a request that runs already without having waited here: should it have to, `put_back` takes it."""
+        entry = Entry(key, num_tokens, deadline, self._next_order, tenant, priority, weight)
+        self._next_order += 1
+        return entry
+
     def remove(self, key: K) -> bool:
         """Takes a request out wherever it stands; False if it is not in the line."""
         entry = self._entries.get(key)

@@ -50,6 +50,7 @@ class Answer:
     code: grpc.StatusCode = grpc.StatusCode.OK
     error: inference_pb2.ErrorDetail | None = None
     num_messages: int = 0
+    handles: list[bytes] = field(default_factory=list)
 
     def take(self, message: inference_pb2.GenerateResponse) -> None:
         assert self.done is None, "something came after Done"
@@ -58,6 +59,8 @@ class Answer:
             case "accepted":
                 assert self.num_messages == 1, "Accepted was not first"
                 self.accepted = message.accepted
+            case "resume_handle":
+                self.handles.append(message.resume_handle)
             case "delta":
                 self._take_delta(message.delta)
             case "choice_finished":

@@ -35,6 +35,7 @@ from router.gate import Gate
 from router.placer import Placer
 from router.prompt_keys import KeyRoots
 from router.requests import Attachment, Request, RequestKey
+from router.resume import ResumeHandles
 
 pytestmark = pytest.mark.unit
 
@@ -216,7 +217,10 @@ class Cluster:
         placer = Placer(self.placement, IndexFeed(), KeyRoots(CONFIG.cluster_secret), clock)
         self.limits = TenantLimits({})
         gate = Gate(self.queue, self.limits, Shedder(), placer, clock)
-        self.dispatcher = Dispatcher(self.book, self.queue, gate, placer, self, clock, self.timers.call_later)
+        handles = ResumeHandles(CONFIG.cluster_secret)
+        self.dispatcher = Dispatcher(
+            self.book, self.queue, gate, placer, self, handles, clock, self.timers.call_later
+        )
         self.workers: dict[WorkerRef, FakeWorker] = {}
         self.attachments: list[Attachment] = []
         self.num_requests = 0
