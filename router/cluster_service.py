@@ -6,11 +6,16 @@ from typing import Any, TypeAlias
 import grpc
 
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc
-from router.auth import Authenticator, ClusterToken
+from router.auth import DEFAULT_TENANT, Authenticator, ClusterToken
 from router.book import RequestBook
 from router.config import ModelFacts, RouterConfig
+from router.core.admission import MAX_REQUEST_ID_CHARS
+from router.core.index_feed import FeedState, IndexFeed
 from router.core.lifecycle import RequestState
 from router.core.queue import TokenQueue
+from router.core.retries import RetryBudget
+from router.errors import unknown_request
+from router.explain import explanation
 from router.membership import Membership
 from router.requests import RequestKey
 
@@ -30,6 +35,8 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
         membership: Membership,
         book: RequestBook,
         queue: TokenQueue[RequestKey],
+        retries: RetryBudget,
+        feed: IndexFeed,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -40,6 +47,8 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
         self._membership = membership
         self._book = book
         self._queue = queue
+        self._retries = retries
+        self._feed = feed
         self._clock = clock
         self._started_s = clock()
 
@@ -74,4 +83,41 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
             failed_requests=counters.failed,
             cancelled_requests=counters.cancelled,
             uptime_s=self._clock() - self._started_s,
+            recoveries=self._retries.num_granted,
+            recoveries_refused=self._retries.num_refused,
+            prefix_index=self._prefix_index(),
         )
+
+    async def Explain(
+        self, request: cluster_pb2.ExplainRequest, context: Context
+    ) -> cluster_pb2.ExplainResponse:
+        """Why a request was placed where it was."""
+        metadata = tuple(context.invocation_metadata() or ())
+        if self._token.holds(metadata):
+            tenant = request.tenant or DEFAULT_TENANT
+        else:
+            tenant = self._authenticator.tenant(metadata)
+        known = self._book.get(RequestKey(tenant, request.request_id))
+        if known is None:
+            raise unknown_request(request.request_id[:MAX_REQUEST_ID_CHARS])
+        return explanation(known, self._config.policy, self._clock())
+
+    def _prefix_index(self) -> cluster_pb2.PrefixIndexStatus:
+        states, counters = self._feed.num_feeds(), self._feed.counters
+        return cluster_pb2.PrefixIndexStatus(
+            blocks=self._feed.index.num_entries,
+            exact_workers=states[FeedState.EXACT],
+            other_workers=sum(states.values()) - states[FeedState.EXACT],
+            age_s=self._feed.age_s(self._clock()),
+            predictions=counters.predictions,
+            false_hit_rate=counters.false_hit_rate,
+            repairs=counters.repairs,
+        )
+
+    async def SetWorkerState(
+        self, request: cluster_pb2.SetWorkerStateRequest, context: Context
+    ) -> cluster_pb2.SetWorkerStateResponse:
+        """Passes on where a worker shall go; it follows within a moment."""
+        self._token.require(tuple(context.invocation_metadata() or ()))
+        state = self._membership.set_state(request.worker_id, request.state)
+        return cluster_pb2.SetWorkerStateResponse(state=state)

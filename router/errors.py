@@ -51,6 +51,17 @@ async def abort(context: Context, rejection: Rejection) -> None:
     await context.abort(grpc.StatusCode[failure.code], failure.message, trailer)
 
 
+def unknown_request(request_id: str) -> Rejection:
+    """A call asks for a request that is not in the book."""
+    failure = Failure(
+        code=Code.NOT_FOUND,
+        stage=Stage.ADMISSION,
+        cause="REQUEST_UNKNOWN",
+        message="there is no request of that id, running or finished lately",
+    )
+    return Rejection(failure, request_id)
+
+
 @dataclass(frozen=True, slots=True)
 class _Unparsable:
     """Stands where a request should be; the handler never sees it."""

@@ -11,8 +11,8 @@ from router.book import RequestBook
 from router.config import ModelFacts
 from router.core import admission
 from router.core.admission import Limits
-from router.core.failures import Code, Failure, Rejection, Stage, invalid
-from router.errors import error_detail
+from router.core.failures import Rejection, invalid
+from router.errors import error_detail, unknown_request
 from router.intake import Call, Intake
 from router.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from router.requests import RequestKey
@@ -58,15 +58,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Reads the state of a request."""
         known = self._book.get(self._key(request.request_id, context))
         if known is None:
-            raise Rejection(
-                Failure(
-                    code=Code.NOT_FOUND,
-                    stage=Stage.ADMISSION,
-                    cause="REQUEST_UNKNOWN",
-                    message="there is no request of that id, running or finished lately",
-                ),
-                request.request_id,
-            )
+            raise unknown_request(request.request_id)
         response = pb.GetResponse(
             request_id=known.key.request_id,
             state=f"REQUEST_STATE_{known.lifecycle.state}",

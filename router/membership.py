@@ -108,6 +108,29 @@ class Membership:
         link.start()
         return False
 
+    def set_state(self, worker_id: str, state: worker_pb2.WorkerState) -> worker_pb2.WorkerState:
+        """Passes on where a worker shall go; returns the state it last said it was in.
+
+        Raises:
+            Rejection: no worker of that name is connected, or there is no such state.
+        """
+        if state not in _STATES:
+            raise invalid("BAD_WORKER_STATE", f"state {state} is none that a worker can be asked to be in")
+        link = self._links.get(worker_id)
+        if link is None or not link.connected:
+            raise Rejection(
+                Failure(
+                    code=Code.NOT_FOUND,
+                    stage=Stage.ADMISSION,
+                    cause="UNKNOWN_WORKER",
+                    message=f"no worker {worker_id[:128]!r} is connected",
+                )
+            )
+        logger.info("worker %s is asked to be %s", worker_id, _STATES[state])
+        link.send(worker_pb2.RouterMessage(set_state=worker_pb2.SetState(state=state)))
+        told = link.report or link.hello
+        return told.state if told is not None else worker_pb2.WORKER_STATE_UNSPECIFIED
+
     def sweep(self) -> None:
         """Asks those workers for their cached blocks that should have told of them. Called some times a second."""
         for ref in self._feed.due(self._clock()):
@@ -144,7 +167,12 @@ class Membership:
         self._dispatcher.on_joined()
 
     def out_of_touch(self, link: WorkerLink) -> None:
-        """Nothing new goes there; what it has waits for the grace."""
+        """Nothing new goes there; what it has waits for the grace, unless the worker said that it goes."""
+        if link.report is not None and link.report.state == worker_pb2.WORKER_STATE_GONE:
+            link.is_lost, link.last_error = True, "it has left"
+            self._close(link)
+            self._forget(link, link.last_error)
+            return
         self._placement.set_connected(link.ref, False)
         self._feed.out_of_touch(link.ref)
         self._on_change()

@@ -164,7 +164,16 @@ class RouterServer:
             config,
             InferenceServicer(self._authenticator, intake, book, self._model, limits),
             ClusterServicer(
-                config, self.epoch, self._model, self._authenticator, membership, book, queue, loop.time
+                config,
+                self.epoch,
+                self._model,
+                self._authenticator,
+                membership,
+                book,
+                queue,
+                dispatcher.retries,
+                feed,
+                loop.time,
             ),
             health_servicer,
         )

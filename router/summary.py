@@ -37,6 +37,7 @@ def _timing(request: Request, now: float) -> pb.Timing:
         ttft_s=times.ttft_s,
         total_s=times.total_s,
         first_step_s=times.first_step_s,
+        predicted_ttft_s=_predicted_ttft_s(request),
         attempts=request.setbacks.workers_lost + request.setbacks.failed_attempts + 1,
     )
     if request.prefill is not None:
@@ -50,3 +51,8 @@ def _timing(request: Request, now: float) -> pb.Timing:
         timing.decode_worker = request.placement.decode.worker_id
         timing.prefill_worker = (request.placement.prefill or request.placement.decode).worker_id
     return timing
+
+
+def _predicted_ttft_s(request: Request) -> float:
+    """When it was placed first; 0 where nothing had been measured."""
+    return (request.decisions[0].placement.predicted_ttft_s or 0.0) if request.decisions else 0.0

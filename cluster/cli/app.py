@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from cluster.cli import ask, bench, cache, demo, lifecycle, models, plans, profiles, tenants
+from cluster.cli import ask, bench, cache, demo, explain, lifecycle, models, plans, profiles, tenants
 from cluster.cli.console import err, fail
 from cluster.errors import ClusterError, LaunchError
 from cluster.model_store import ModelStoreError
@@ -34,6 +34,7 @@ app.add_typer(profiles.app, name="profile")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(cache.app, name="cache")
 app.add_typer(plans.app, name="plan")
+explain.add_to(app)
 bench.add_to(app)
 demo.add_to(app)
 

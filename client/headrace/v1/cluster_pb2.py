@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import worker_pb2 as headrace_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/cluster.proto\x12\x0bheadrace.v1\x1a\x18headrace/v1/worker.proto\"D\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"N\n\x10RegisterResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0crouter_epoch\x18\x02 \x01(\x06\x12\x11\n\tconnected\x18\x03 \x01(\x08\"\x0f\n\rStatusRequest\"\xaf\x01\n\x0cWorkerStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\'\n\x05hello\x18\x03 \x01(\x0b\x32\x18.headrace.v1.WorkerHello\x12)\n\x06report\x18\x04 \x01(\x0b\x32\x19.headrace.v1.WorkerReport\x12\x13\n\x0b\x63onnected_s\x18\x05 \x01(\x01\x12\x12\n\nlast_error\x18\x06 \x01(\t\"\x9b\x02\n\x0eStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12*\n\x07workers\x18\x04 \x03(\x0b\x32\x19.headrace.v1.WorkerStatus\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x15\n\rqueued_tokens\x18\x06 \x01(\x04\x12\x18\n\x10running_requests\x18\x07 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\x08 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\t \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\n \x01(\x04\x12\x10\n\x08uptime_s\x18\x0b \x01(\x01\"S\n\x15SetWorkerStateRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.headrace.v1.WorkerState\"A\n\x16SetWorkerStateResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.headrace.v1.WorkerState\"4\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\xd6\x01\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hosen\x18\x02 \x01(\x08\x12\x0e\n\x06\x63ost_s\x18\x03 \x01(\x01\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x0e\n\x06step_s\x18\x07 \x01(\x01\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\x12\x14\n\x0ctokens_ahead\x18\t \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\n \x01(\r\x12\x0c\n\x04note\x18\x0b \x01(\t\"\xfc\x01\n\x11PlacementDecision\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x06 \x01(\t\x12\x18\n\x10predicted_ttft_s\x18\x07 \x01(\x01\x12&\n\x06\x64\x65\x63ode\x18\x08 \x03(\x0b\x32\x16.headrace.v1.Candidate\x12\'\n\x07prefill\x18\t \x03(\x0b\x32\x16.headrace.v1.Candidate\x12\r\n\x05\x65nded\x18\n \x01(\t\"g\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x31\n\tdecisions\x18\x03 \x03(\x0b\x32\x1e.headrace.v1.PlacementDecision2\xb6\x02\n\x07\x43luster\x12G\n\x08Register\x12\x1c.headrace.v1.RegisterRequest\x1a\x1d.headrace.v1.RegisterResponse\x12\x41\n\x06Status\x12\x1a.headrace.v1.StatusRequest\x1a\x1b.headrace.v1.StatusResponse\x12Y\n\x0eSetWorkerState\x12\".headrace.v1.SetWorkerStateRequest\x1a#.headrace.v1.SetWorkerStateResponse\x12\x44\n\x07\x45xplain\x12\x1b.headrace.v1.ExplainRequest\x1a\x1c.headrace.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/cluster.proto\x12\x0bheadrace.v1\x1a\x18headrace/v1/worker.proto\"D\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"N\n\x10RegisterResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0crouter_epoch\x18\x02 \x01(\x06\x12\x11\n\tconnected\x18\x03 \x01(\x08\"\x0f\n\rStatusRequest\"\xaf\x01\n\x0cWorkerStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\'\n\x05hello\x18\x03 \x01(\x0b\x32\x18.headrace.v1.WorkerHello\x12)\n\x06report\x18\x04 \x01(\x0b\x32\x19.headrace.v1.WorkerReport\x12\x13\n\x0b\x63onnected_s\x18\x05 \x01(\x01\x12\x12\n\nlast_error\x18\x06 \x01(\t\"\x81\x03\n\x0eStatusResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12*\n\x07workers\x18\x04 \x03(\x0b\x32\x19.headrace.v1.WorkerStatus\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x15\n\rqueued_tokens\x18\x06 \x01(\x04\x12\x18\n\x10running_requests\x18\x07 \x01(\r\x12\x19\n\x11\x66inished_requests\x18\x08 \x01(\x04\x12\x17\n\x0f\x66\x61iled_requests\x18\t \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\n \x01(\x04\x12\x10\n\x08uptime_s\x18\x0b \x01(\x01\x12\x12\n\nrecoveries\x18\x0c \x01(\x04\x12\x1a\n\x12recoveries_refused\x18\r \x01(\x04\x12\x34\n\x0cprefix_index\x18\x0e \x01(\x0b\x32\x1e.headrace.v1.PrefixIndexStatus\"\x9e\x01\n\x11PrefixIndexStatus\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x15\n\rexact_workers\x18\x02 \x01(\r\x12\x15\n\rother_workers\x18\x03 \x01(\r\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x13\n\x0bpredictions\x18\x05 \x01(\x04\x12\x16\n\x0e\x66\x61lse_hit_rate\x18\x06 \x01(\x01\x12\x0f\n\x07repairs\x18\x07 \x01(\x04\"S\n\x15SetWorkerStateRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.headrace.v1.WorkerState\"A\n\x16SetWorkerStateResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.headrace.v1.WorkerState\"4\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\xd6\x01\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hosen\x18\x02 \x01(\x08\x12\x0e\n\x06\x63ost_s\x18\x03 \x01(\x01\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x0e\n\x06step_s\x18\x07 \x01(\x01\x12\x15\n\rcached_tokens\x18\x08 \x01(\r\x12\x14\n\x0ctokens_ahead\x18\t \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\n \x01(\r\x12\x0c\n\x04note\x18\x0b \x01(\t\"\xfc\x01\n\x11PlacementDecision\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x06 \x01(\t\x12\x18\n\x10predicted_ttft_s\x18\x07 \x01(\x01\x12&\n\x06\x64\x65\x63ode\x18\x08 \x03(\x0b\x32\x16.headrace.v1.Candidate\x12\'\n\x07prefill\x18\t \x03(\x0b\x32\x16.headrace.v1.Candidate\x12\r\n\x05\x65nded\x18\n \x01(\t\"g\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x31\n\tdecisions\x18\x03 \x03(\x0b\x32\x1e.headrace.v1.PlacementDecision2\xb6\x02\n\x07\x43luster\x12G\n\x08Register\x12\x1c.headrace.v1.RegisterRequest\x1a\x1d.headrace.v1.RegisterResponse\x12\x41\n\x06Status\x12\x1a.headrace.v1.StatusRequest\x1a\x1b.headrace.v1.StatusResponse\x12Y\n\x0eSetWorkerState\x12\".headrace.v1.SetWorkerStateRequest\x1a#.headrace.v1.SetWorkerStateResponse\x12\x44\n\x07\x45xplain\x12\x1b.headrace.v1.ExplainRequest\x1a\x1c.headrace.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,19 +41,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERSTATUS']._serialized_start=236
   _globals['_WORKERSTATUS']._serialized_end=411
   _globals['_STATUSRESPONSE']._serialized_start=414
-  _globals['_STATUSRESPONSE']._serialized_end=697
-  _globals['_SETWORKERSTATEREQUEST']._serialized_start=699
-  _globals['_SETWORKERSTATEREQUEST']._serialized_end=782
-  _globals['_SETWORKERSTATERESPONSE']._serialized_start=784
-  _globals['_SETWORKERSTATERESPONSE']._serialized_end=849
-  _globals['_EXPLAINREQUEST']._serialized_start=851
-  _globals['_EXPLAINREQUEST']._serialized_end=903
-  _globals['_CANDIDATE']._serialized_start=906
-  _globals['_CANDIDATE']._serialized_end=1120
-  _globals['_PLACEMENTDECISION']._serialized_start=1123
-  _globals['_PLACEMENTDECISION']._serialized_end=1375
-  _globals['_EXPLAINRESPONSE']._serialized_start=1377
-  _globals['_EXPLAINRESPONSE']._serialized_end=1480
-  _globals['_CLUSTER']._serialized_start=1483
-  _globals['_CLUSTER']._serialized_end=1793
+  _globals['_STATUSRESPONSE']._serialized_end=799
+  _globals['_PREFIXINDEXSTATUS']._serialized_start=802
+  _globals['_PREFIXINDEXSTATUS']._serialized_end=960
+  _globals['_SETWORKERSTATEREQUEST']._serialized_start=962
+  _globals['_SETWORKERSTATEREQUEST']._serialized_end=1045
+  _globals['_SETWORKERSTATERESPONSE']._serialized_start=1047
+  _globals['_SETWORKERSTATERESPONSE']._serialized_end=1112
+  _globals['_EXPLAINREQUEST']._serialized_start=1114
+  _globals['_EXPLAINREQUEST']._serialized_end=1166
+  _globals['_CANDIDATE']._serialized_start=1169
+  _globals['_CANDIDATE']._serialized_end=1383
+  _globals['_PLACEMENTDECISION']._serialized_start=1386
+  _globals['_PLACEMENTDECISION']._serialized_end=1638
+  _globals['_EXPLAINRESPONSE']._serialized_start=1640
+  _globals['_EXPLAINRESPONSE']._serialized_end=1743
+  _globals['_CLUSTER']._serialized_start=1746
+  _globals['_CLUSTER']._serialized_end=2056
 # @@protoc_insertion_point(module_scope)

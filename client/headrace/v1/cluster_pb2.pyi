@@ -48,7 +48,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, address: _Optional[str] = ..., connected: bool = ..., hello: _Optional[_Union[_worker_pb2.WorkerHello, _Mapping]] = ..., report: _Optional[_Union[_worker_pb2.WorkerReport, _Mapping]] = ..., connected_s: _Optional[float] = ..., last_error: _Optional[str] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("router_id", "profile", "model", "workers", "queued_requests", "queued_tokens", "running_requests", "finished_requests", "failed_requests", "cancelled_requests", "uptime_s")
+    __slots__ = ("router_id", "profile", "model", "workers", "queued_requests", "queued_tokens", "running_requests", "finished_requests", "failed_requests", "cancelled_requests", "uptime_s", "recoveries", "recoveries_refused", "prefix_index")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,9 @@ class StatusResponse(_message.Message):
     FAILED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_INDEX_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     profile: str
     model: str
@@ -71,7 +74,28 @@ class StatusResponse(_message.Message):
     failed_requests: int
     cancelled_requests: int
     uptime_s: float
-    def __init__(self, router_id: _Optional[str] = ..., profile: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    recoveries: int
+    recoveries_refused: int
+    prefix_index: PrefixIndexStatus
+    def __init__(self, router_id: _Optional[str] = ..., profile: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_requests: _Optional[int] = ..., finished_requests: _Optional[int] = ..., failed_requests: _Optional[int] = ..., cancelled_requests: _Optional[int] = ..., uptime_s: _Optional[float] = ..., recoveries: _Optional[int] = ..., recoveries_refused: _Optional[int] = ..., prefix_index: _Optional[_Union[PrefixIndexStatus, _Mapping]] = ...) -> None: ...
+
+class PrefixIndexStatus(_message.Message):
+    __slots__ = ("blocks", "exact_workers", "other_workers", "age_s", "predictions", "false_hit_rate", "repairs")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    FALSE_HIT_RATE_FIELD_NUMBER: _ClassVar[int]
+    REPAIRS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    exact_workers: int
+    other_workers: int
+    age_s: float
+    predictions: int
+    false_hit_rate: float
+    repairs: int
+    def __init__(self, blocks: _Optional[int] = ..., exact_workers: _Optional[int] = ..., other_workers: _Optional[int] = ..., age_s: _Optional[float] = ..., predictions: _Optional[int] = ..., false_hit_rate: _Optional[float] = ..., repairs: _Optional[int] = ...) -> None: ...
 
 class SetWorkerStateRequest(_message.Message):
     __slots__ = ("worker_id", "state")
