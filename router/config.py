@@ -74,6 +74,8 @@ class RouterConfig:
     """How long a resumable request runs on without a client."""
     link_grace_s: float = 3.0
     """How long a worker may be out of touch before its requests fail."""
+    canary_timeout_s: float = 20.0
+    """How long a newcomer may take to move a block with a partner before it counts as ready; 0: none need to."""
     retention_s: float = 120.0
     """How long an ended request can be attached to or read, while `retention_bytes` suffice."""
     retention_bytes: int = 64 << 20
@@ -105,6 +107,11 @@ class RouterConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        if not self.canary_timeout_s >= 0:
+            raise ValueError(f"canary_timeout_s is {self.canary_timeout_s}; it must not be negative")
         for name in ("slo_ttft_s", "slo_itl_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

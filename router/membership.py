@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from headrace.v1 import cluster_pb2, worker_pb2
 from router.core.admission import check_request_id
+from router.core.canary import CANARY_TENANT, Canaries, Outgoing
 from router.core.failures import Code, Failure, Rejection, Stage, invalid
 from router.core.fleet import Identity, LinkSpeed, Role, WorkerFacts, WorkerRef, WorkerState
 from router.core.index_feed import IndexFeed, KeyScheme
@@ -71,6 +72,7 @@ class Membership:
         placement: PlacementState[RequestKey],
         dispatcher: Dispatcher,
         feed: IndexFeed,
+        canaries: Canaries,
         tokenizer_digest: str,
         clock: Callable[[], float],
         on_change: Callable[[], None],
@@ -81,6 +83,8 @@ class Membership:
         self._placement = placement
         self._dispatcher = dispatcher
         self._feed = feed
+        self._canaries = canaries
+        self._facts: dict[WorkerRef, WorkerFacts] = {}
         self._tokenizer_digest = tokenizer_digest
         self._clock = clock
         self._on_change = on_change
@@ -132,9 +136,11 @@ class Membership:
         return told.state if told is not None else worker_pb2.WORKER_STATE_UNSPECIFIED
 
     def sweep(self) -> None:
-        """Asks those workers for their cached blocks that should have told of them. Called some times a second."""
+        """Asks those workers for their cached blocks that should have told of them, and begins trials of newcomers.
+        Called some times a second."""
         for ref in self._feed.due(self._clock()):
             self._ask_for_blocks(ref)
+        self._try_out(self._canaries.due(self._clock()))
 
     async def close(self) -> None:
         """Ends every link."""
@@ -158,13 +164,15 @@ class Membership:
             return
         slot = self._feed.joined(link.ref, _key_scheme(hello), self._clock())
         try:
-            self._placement.add(facts, _STATES.get(hello.state, WorkerState.SERVING), slot)
+            self._placement.add(facts, WorkerState.NO_NEW, slot)
         except ValueError as error:
             self._feed.left(link.ref)
             raise WrongWorker(str(error)) from None
         self._switchboard.add(link)
+        others = list(self._facts.values())
+        self._facts[link.ref] = facts
         self._on_change()
-        self._dispatcher.on_joined()
+        self._try_out(self._canaries.joined(facts, hello.vocab_size, others, self._clock()))
 
     def out_of_touch(self, link: WorkerLink) -> None:
         """Nothing new goes there; what it has waits for the grace, unless the worker said that it goes."""
@@ -190,11 +198,14 @@ class Membership:
 
     def message(self, link: WorkerLink, message: worker_pb2.WorkerMessage) -> None:
         """Passes a worker's message on."""
+        if self._canaries.is_busy:
+            self._try_out(self._canaries.take(link.ref, message, self._clock()))
         match message.WhichOneof("message"):
             case "step":
                 self._dispatcher.on_step(link.ref, message.step)
             case "reserved":
-                self._dispatcher.on_reserved(link.ref, message.reserved)
+                if message.reserved.key.tenant != CANARY_TENANT:
+                    self._dispatcher.on_reserved(link.ref, message.reserved)
             case "prefill_finished":
                 self._dispatcher.on_prefill_finished(link.ref, message.prefill_finished)
             case "failed":
@@ -213,7 +224,7 @@ class Membership:
         worker = self._placement.worker(link.ref)
         if worker is None:
             return
-        state = _STATES.get(report.state, WorkerState.SERVING)
+        state = self._state(link.ref, report.state)
         changed = worker.state is not state
         self._placement.report(
             link.ref,
@@ -231,6 +242,24 @@ class Membership:
             self._ask_for_blocks(link.ref)
         self._dispatcher.pump()
 
+    def _state(self, ref: WorkerRef, said: worker_pb2.WorkerState) -> WorkerState:
+        """What a worker counts as: one that has not shown that it can move a block gets nothing yet."""
+        state = _STATES.get(said, WorkerState.SERVING)
+        is_tried = self._canaries.is_ready(ref)
+        return WorkerState.NO_NEW if state is WorkerState.SERVING and not is_tried else state
+
+    def _try_out(self, outgoing: Outgoing) -> None:
+        """Sends what trials need, and lets those workers in that have passed one."""
+        for ref, message in outgoing:
+            self._switchboard.send(ref, message)
+        for ref in self._canaries.let_in():
+            link = self._links[ref.worker_id]
+            newest = link.report or link.hello
+            said = newest.state if newest is not None else worker_pb2.WORKER_STATE_UNSPECIFIED
+            self._placement.set_state(ref, self._state(ref, said))
+            self._on_change()
+            self._dispatcher.on_joined()
+
     def _blocks_changed(self, link: WorkerLink, events: worker_pb2.BlockEvents) -> None:
         if self._links.get(link.ref.worker_id) is not link:
             return  # an older link to the same incarnation, which numbers its messages by itself
@@ -243,6 +272,8 @@ class Membership:
     def _forget(self, link: WorkerLink, reason: str) -> None:
         self._placement.remove(link.ref)
         self._feed.left(link.ref)
+        self._facts.pop(link.ref, None)
+        self._canaries.left(link.ref)
         self._switchboard.remove(link)
         self._on_change()
         self._dispatcher.on_lost(link.ref, reason)
@@ -276,7 +307,7 @@ class Membership:
             hello=link.hello or worker_pb2.WorkerHello(worker_id=link.ref.worker_id, epoch=link.ref.epoch),
             report=link.report,
             connected_s=self._clock() - link.connected_at_s if link.connected else 0.0,
-            last_error=link.last_error or unpaired,
+            last_error=link.last_error or self._canaries.problem(link.ref) or unpaired,
         )
 
 

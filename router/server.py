@@ -7,6 +7,7 @@ import secrets
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -17,6 +18,7 @@ from router.auth import ApiKeys, Authenticator, OpenDoor, cluster_token
 from router.book import RequestBook
 from router.cluster_service import ClusterServicer
 from router.config import ModelFacts, RouterConfig, Tokenizer
+from router.core.canary import Canaries
 from router.core.failures import Code, Failure, Stage
 from router.core.index_feed import IndexFeed
 from router.core.placement import POLICIES, PlacementState
@@ -198,7 +200,15 @@ class RouterServer:
         )
         clock = asyncio.get_running_loop().time
         return Membership(
-            settings, switchboard, placement, dispatcher, feed, self._tokenizer.digest, clock, on_change
+            settings,
+            switchboard,
+            placement,
+            dispatcher,
+            feed,
+            Canaries(config.canary_timeout_s, Random(self.epoch)),
+            self._tokenizer.digest,
+            clock,
+            on_change,
         )
 
 

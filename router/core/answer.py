@@ -26,13 +26,16 @@ class Arrival(StrEnum):
 
 
 class ChoiceAnswer:
-    """One choice: its tokens, the text of its segments, and how it ended."""
+    """One choice: its tokens, the text of its segments and the memory that each takes, about, and how it ended."""
 
-    __slots__ = ("finished", "logprobs", "num_bytes", "segment_ends", "segment_texts", "tokens")
+    __slots__ = (
+        "finished", "logprobs", "num_bytes", "segment_bytes", "segment_ends", "segment_texts", "tokens",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.tokens = array("I")
         self.segment_ends = array("I")
+        self.segment_bytes = array("Q")
         self.segment_texts: list[str] = []
         self.logprobs: list[pb.TokenLogprobs] = []
         self.finished: pb.ChoiceFinished | None = None
@@ -43,19 +46,24 @@ class ChoiceAnswer:
 
         One that begins before that and ends after it is not taken in part: its text cannot be cut.
         """
-        held = len(self.tokens)
-        end = delta.first_index + len(delta.token_ids)
-        if self.finished is not None or (end <= held and delta.first_index < held):
+        held, first_index, token_ids, text = len(self.tokens), delta.first_index, delta.token_ids, delta.text
+        num_new = len(token_ids)
+        end = first_index + num_new
+        if self.finished is not None or (end <= held and first_index < held):
             return Arrival.REPEATED
-        if delta.first_index != held:
+        if first_index != held:
             return Arrival.MISALIGNED
-        if end == held and not delta.text:
+        if not num_new and not text:
             return Arrival.REPEATED
-        self.tokens.extend(delta.token_ids)
-        self.logprobs.extend(delta.logprobs)
-        self.segment_ends.append(len(self.tokens))
-        self.segment_texts.append(delta.text)
-        self.num_bytes += self.segment_bytes(len(self.segment_ends) - 1)
+        num_bytes = SEGMENT_BYTES + BYTES_PER_TOKEN * num_new + len(text.encode())
+        if delta.logprobs:
+            self.logprobs.extend(delta.logprobs)
+            num_bytes += sum(entry.ByteSize() for entry in delta.logprobs)
+        self.tokens.extend(token_ids)
+        self.segment_ends.append(end)
+        self.segment_bytes.append(num_bytes)
+        self.segment_texts.append(text)
+        self.num_bytes += num_bytes
         return Arrival.NEW
 
     def finish(self, finished: pb.ChoiceFinished) -> bool:
@@ -69,13 +77,6 @@ class ChoiceAnswer:
         """Index of a segment's first token."""
         return self.segment_ends[segment - 1] if segment else 0
 
-    def segment_bytes(self, segment: int) -> int:
-        """Memory that a segment takes, about."""
-        start, end = self.segment_start(segment), self.segment_ends[segment]
-        logprob_bytes = sum(entry.ByteSize() for entry in self.logprobs[start:end])
-        text_bytes = len(self.segment_texts[segment].encode())
-        return SEGMENT_BYTES + BYTES_PER_TOKEN * (end - start) + text_bytes + logprob_bytes
-
 
 class Answer:
     """All choices of one request."""
@@ -88,7 +89,8 @@ class Answer:
     @property
     def num_bytes(self) -> int:
         """Memory held, about."""
-        return sum(choice.num_bytes for choice in self.choices)
+        choices = self.choices
+        return choices[0].num_bytes if len(choices) == 1 else sum(choice.num_bytes for choice in choices)
 
     @property
     def num_tokens(self) -> list[int]:
@@ -162,24 +164,28 @@ class Reader:
         return events
 
     def _read_delta(self, choice: int, answer: ChoiceAnswer, max_bytes: int) -> pb.Delta | None:
-        self._skip_known(choice, answer)
         first_segment, first_token = self._next_segment[choice], self._next_token[choice]
+        if first_token != answer.segment_start(first_segment):
+            self._skip_known(choice, answer)
+            first_segment = self._next_segment[choice]
         segment, num_bytes = first_segment, 0
         while segment < len(answer.segment_ends) and (segment == first_segment or num_bytes < max_bytes):
-            num_bytes += answer.segment_bytes(segment)
+            num_bytes += answer.segment_bytes[segment]
             segment += 1
         if segment == first_segment:
             return None
         end = answer.segment_ends[segment - 1]
         self._next_segment[choice], self._next_token[choice] = segment, end
         self._read_bytes += num_bytes
-        return pb.Delta(
+        delta = pb.Delta(
             choice=choice,
             first_index=first_token,
             token_ids=answer.tokens[first_token:end],
             text="".join(answer.segment_texts[first_segment:segment]),
-            logprobs=answer.logprobs[first_token:end],
         )
+        if answer.logprobs:
+            delta.logprobs.extend(answer.logprobs[first_token:end])
+        return delta
 
     def _skip_known(self, choice: int, answer: ChoiceAnswer) -> None:
         """Passes over segments that the client had before it attached."""
@@ -189,4 +195,4 @@ class Reader:
             if end > known or (start == end == known):
                 return
             self._next_segment[choice] += 1
-            self._read_bytes += answer.segment_bytes(segment)
+            self._read_bytes += answer.segment_bytes[segment]

@@ -150,6 +150,13 @@ class PlacementState(Generic[K]):
             worker.connected = connected
             self._groups[worker.facts.identity].settle(worker)
 
+    def set_state(self, ref: WorkerRef, state: WorkerState) -> None:
+        """A worker's state as the router sees it, until its next report."""
+        worker = self.worker(ref)
+        if worker is not None:
+            worker.state = state
+            self._groups[worker.facts.identity].settle(worker)
+
     def report(
         self,
         ref: WorkerRef,
@@ -323,7 +330,7 @@ class PlacementState(Generic[K]):
     def prefilled(self, key: K) -> None:
         """The prompt is prefilled: its place on the prefill worker is free. Repeats change nothing."""
         charge = self._charges.get(key)
-        if charge is not None:
+        if charge is not None and charge.prefill_held:
             self._return_prefill(charge)
             self._write(charge)
 

@@ -221,6 +221,7 @@ async def running_router(**settings: Any) -> AsyncIterator[Harness]:
     """A router on a free port, stopped at the end; `settings` are RouterConfig's."""
     defaults = {
         "router_id": "r",
+        "canary_timeout_s": 0.0,
         "model_name": "tiny",
         "model_dir": Path("unused"),
         "listen": "127.0.0.1:0",
