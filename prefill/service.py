@@ -14,6 +14,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from engine.events import ChunkDone, PrefillDone, SequenceFailed, StepResult
 from headrace.v1 import worker_pb2
@@ -45,6 +46,14 @@ RETRY_ROOM_S = 0.02
 _BROKEN_PEER = (TransferCause.PEER_UNAVAILABLE, TransferCause.PEER_REFUSED, TransferCause.RECEIVER_STALLED)
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How an attempt ended that pushed into that lease, as the router was told."""
+
+    decode_lease_id: bytes
+    message: worker_pb2.WorkerMessage
+
+
 class PrefillService:
     """Implements `worker.service.RoleService`."""
 
@@ -58,7 +67,7 @@ class PrefillService:
         self._prompts: dict[RequestId, Prompt] = {}
         self._by_lease: dict[bytes, Prompt] = {}
         self._closing: set[bytes] = set()
-        self._outcomes: OrderedDict[tuple[RequestId, int], worker_pb2.WorkerMessage] = OrderedDict()
+        self._outcomes: OrderedDict[tuple[RequestId, int], _Outcome] = OrderedDict()
         self._channels = PeerChannels()
         # Apart, so that no abort waits behind a commit that it would end.
         self._commits = ThreadPoolExecutor(MAX_HANDOVERS, thread_name_prefix="commit")
@@ -85,7 +94,7 @@ class PrefillService:
         return True
 
     def _start(self, link: RouterLink, message: worker_pb2.StartPrefill) -> None:
-        if self._known(link, message.key):
+        if self._known(link, message.key, message.lease.lease_id):
             return
         refusal = self._refusal(message)
         if refusal is not None:
@@ -335,19 +344,26 @@ class PrefillService:
 
     # --- the books -----------------------------------------------------------------------------
 
-    def _known(self, link: RouterLink, key: worker_pb2.RequestKey) -> bool:
-        """Whether the attempt is or was here; what the router was told of its end is told again."""
+    def _known(
+        self, link: RouterLink, key: worker_pb2.RequestKey, decode_lease_id: bytes | None = None
+    ) -> bool:
+        """Whether the attempt is or was here; what the router was told of its end is told again. One for another lease
+        is another attempt: a router that starts anew may count from where an older one had been before."""
         prompt = self._prompts.get(_request_id(key))
         if prompt is not None and prompt.key.attempt == key.attempt:
-            prompt.hear(link)
-            return True
+            if decode_lease_id in (None, prompt.message.lease.lease_id):
+                prompt.hear(link)
+                return True
+            return False
         outcome = self._outcomes.get((_request_id(key), key.attempt))
-        if outcome is not None:
-            link.send(outcome)
-        return outcome is not None
+        if outcome is None or decode_lease_id not in (None, outcome.decode_lease_id):
+            return False
+        link.send(outcome.message)
+        return True
 
-    def _tell(self, prompt: Prompt, outcome: worker_pb2.WorkerMessage) -> None:
-        prompt.link.send(outcome)
+    def _tell(self, prompt: Prompt, message: worker_pb2.WorkerMessage) -> None:
+        prompt.link.send(message)
+        outcome = _Outcome(prompt.message.lease.lease_id, message)
         self._outcomes[_request_id(prompt.key), prompt.key.attempt] = outcome
         if len(self._outcomes) > MAX_OUTCOMES:
             self._outcomes.popitem(last=False)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL_VERSION = 1
 HELLO_TIMEOUT_S = 5.0
 REDIAL_S = 0.1
+MAX_REFUSED = 3  # connections in a row
 CLOSE_S = 0.5  # how long a worker has to read the last words and to end its side
 ACKNOWLEDGE_S = 0.05
 MAX_QUEUED_MESSAGES = 8192
@@ -50,7 +51,11 @@ Session: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker
 
 
 class LinkBroken(Exception):
-    """The stream ended or could not be opened; says why."""
+    """The stream ended or could not be opened; says why. `refused`: nobody listens there."""
+
+    def __init__(self, reason: str, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
 
 
 class WrongWorker(Exception):
@@ -157,6 +162,7 @@ class WorkerLink:
 
     async def _run(self) -> None:
         deadline_s = self._clock() + max(self._settings.grace_s, HELLO_TIMEOUT_S)
+        num_refused = 0
         while True:
             try:
                 await self._session(min(HELLO_TIMEOUT_S, max(REDIAL_S, deadline_s - self._clock())))
@@ -165,6 +171,7 @@ class WorkerLink:
                 return
             except LinkBroken as error:
                 self.last_error = self.last_error or str(error)
+                num_refused = num_refused + 1 if error.refused else 0
             if self._is_closing:
                 return
             if self.connected:
@@ -173,7 +180,8 @@ class WorkerLink:
                 self._keep_cancels()
                 logger.warning("worker %s is out of touch: %s", self.ref.worker_id, self.last_error)
                 self._observer.out_of_touch(self)
-            if self._clock() >= deadline_s:
+            # A port that nobody listens on any more was its process's: this incarnation does not come back.
+            if self._clock() >= deadline_s or (self.hello is not None and num_refused >= MAX_REFUSED):
                 self._lose(self.last_error)
                 return
             await asyncio.sleep(REDIAL_S)
@@ -198,7 +206,7 @@ class WorkerLink:
                 writer = asyncio.create_task(self._write(call))
                 await self._read(call)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                raise LinkBroken(_describe(error)) from None
+                raise LinkBroken(_describe(error), refused=_is_refused(error)) from None
             except asyncio.CancelledError:
                 if _is_being_cancelled():
                     raise
@@ -297,6 +305,10 @@ def _is_being_cancelled() -> bool:
     """Whether the task, and not just the call that it waits for, was cancelled."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _is_refused(error: Any) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and "Connection refused" in (error.details() or "")
 
 
 def _describe(error: Any) -> str:

@@ -70,12 +70,8 @@ def cluster(
         worker(model_dir, WorkerRole.PREFILL, routers=routers) as prefill,
         worker(model_dir, WorkerRole.DECODE, routers=routers) as decode,
     ):
-        for address in addresses:
-            with Client(address) as client:
-                wait_until(
-                    lambda client=client: sum(w.connected for w in client.status().workers) == 2,
-                    "both workers at every router",
-                )
+        wait_until(lambda: num_granted(decode) == len(addresses), "a trial by every router")
+        assert_nothing_held(prefill, decode)
         yield prefill, decode, processes
 
 
@@ -83,6 +79,10 @@ def without_false_alarms(loop: asyncio.AbstractEventLoop, context: dict[str, Any
     """gRPC wakes every event loop of a process for each event, and the loops beside the one that it is for say so."""
     if not isinstance(context.get("exception"), BlockingIOError):
         loop.default_exception_handler(context)
+
+
+def num_granted(node: WorkerNode) -> int:
+    return sum(keeper.counters.granted for keeper in node._keepers)
 
 
 async def read(client: AsyncClient, number: int, begun: asyncio.Event, **options: object) -> list[int]:
@@ -141,8 +141,8 @@ def test_answers_go_on_at_the_other_router_when_theirs_is_killed(
     with cluster(model_dir, addresses) as (prefill, decode, processes):
         answers = asyncio.run(disturbed(decode, processes))
         assert [len(answer) for answer in answers] == [NUM_TOKENS] * 4
-        num_granted = sum(keeper.counters.granted for keeper in decode._keepers)
-        assert num_granted == (4 if resumable else 8), "resumable answers are taken over, not made anew"
+        expected = 4 if resumable else 8
+        assert num_granted(decode) == len(addresses) + expected, "taken over, or else made anew"
         assert_nothing_held(prefill, decode)
     with cluster(model_dir, addresses) as (_, decode, _):
         assert answers == asyncio.run(undisturbed())

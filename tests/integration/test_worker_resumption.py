@@ -293,3 +293,16 @@ def landed_bytes(node: WorkerNode) -> int:
         tables = [keeper._table for keeper in node._keepers]
         leases = [lease for table in tables for lease in table._leases.values() if lease.state.is_open]
         return sum(record.raw_bytes for lease in leases for record, _ in lease.landed.values())
+
+
+def test_an_attempt_number_that_is_used_again_for_another_lease_is_another_attempt(clients) -> None:
+    """A router that was restarted counts from where its handle had been."""
+    prefill, decode, _ = clients
+    work = task(random_prompt(12, 100))
+    key = request_key("counted again")
+    hand_over(prefill, decode, key, work)
+    decode.answer(key)
+    assert prefill.prefill_finished(key)
+    lease = worker_pb2.Reserved(key=key, lease_id=b"another lease 16", kv_address="127.0.0.1:1")
+    prefill.send(start_prefill=worker_pb2.StartPrefill(key=key, task=work, remaining_s=60.0, lease=lease))
+    assert prefill.failed(key).cause == "LEASE_CLOSED"
