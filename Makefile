@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/headrace/v1/*.proto)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo up down test test-all chaos equality fuzz leases-long nixl-test lint format protos clean
+.PHONY: help setup model demo up down test test-all chaos chaos-long equality fuzz leases-long nixl-test lint format protos clean
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ test-all: model  ## also the long ones
 
 chaos: model  ## cancellations, deadlines and killed workers, the long version
 	@$(BIN)/python -m pytest tests/chaos
+
+chaos-long: model  ## 200 random faults on a 2P2D cluster, token for token (about three quarters of an hour; CHAOS="--seed 7 --resume FILE")
+	@$(BIN)/headrace bench chaos $(CHAOS)
 
 equality: model  ## disaggregated = colocated: all 32 real prompts, int8 and bfloat16, DeepSeek-V4 at 600 lengths and from disk
 	@$(BIN)/python -m pytest tests/e2e/test_equality.py tests/e2e/test_equality_precisions.py tests/integration/test_deepseek_handoff.py tests/integration/test_deepseek_tiers.py tests/integration/test_deepseek_oracle.py -m slow

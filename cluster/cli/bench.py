@@ -66,6 +66,16 @@ def bench(
             metavar="PEER=PATH",
         ),
     ] = "",
+    faults: Annotated[int | None, typer.Option(help="chaos only: how many; 200 by itself.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="chaos only: of the faults and the load.")] = None,
+    resume: Annotated[
+        str,
+        typer.Option(help="chaos only: keep finished rounds here, and go on behind them.", metavar="FILE"),
+    ] = "",
+    keep: Annotated[
+        str, typer.Option(help="chaos only: keep the processes' logs here.", metavar="DIRECTORY")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="router only: one short run.")] = False,
 ) -> None:
     """Run a benchmark and print what it measured."""
     # Looked up by name, because `bench` stands above `cluster` in the order of imports.
@@ -76,8 +86,15 @@ def bench(
         raise typer.BadParameter(f"{name} has no link", param_hint="--link")
     if compare and name not in ("engine", "pd"):
         raise typer.BadParameter(f"{name} compares with nobody", param_hint="--compare")
+    numbers = {"faults": faults, "seed": seed}
+    chaos = {key: "" if value is None else str(value) for key, value in numbers.items()}
+    chaos |= {"resume": resume, "keep": keep}
+    if any(chaos.values()) and name != "chaos":
+        raise typer.BadParameter(f"{name} has no faults", param_hint="--faults, --seed, --resume, --keep")
+    if quick and name != "router":
+        raise typer.BadParameter(f"{name} has one length", param_hint="--quick")
     benchmark = cast(Benchmark, importlib.import_module(f"bench.{name}"))
-    given = {"link": link, "compare": compare}
+    given = {"link": link, "compare": compare, "quick": "yes" if quick else "", **chaos}
     report = benchmark.run(err, **{key: value for key, value in given.items() if value})
     if json:
         out.print(report.to_json(), markup=False, soft_wrap=True)
