@@ -103,7 +103,11 @@ class Dispatcher:
         self.retries.earn()
         request.accepted = messages.accepted(request)
         request.wake()
+        head = self.queue.head()
+        if head is None or head.key != request.key:
+            request.choice = None  # others are placed before it
         self.pump()
+        request.choice = None
 
     def _take_over(self, request: Request, ref: WorkerRef) -> None:
         """Asks a worker for the answer that it writes for another router. Where it has none, the request is placed."""
@@ -133,7 +137,7 @@ class Dispatcher:
         if entry.deadline <= now:
             self._book.deadline_passed(request)  # its timer is late
             return True
-        decision = self._placer.place(request)
+        decision = request.choice or self._placer.place(request)
         if isinstance(decision, Placement):
             request.entry = self.queue.take(now)
             self._dispatch(request, decision)
@@ -387,7 +391,8 @@ class Dispatcher:
         finished = output.HasField("finished") and choice.finish(output.finished)
         if arrival is Arrival.NEW or finished:
             request.replay_asked = False
-            self._decoding(request)
+            if request.lifecycle.state is not RequestState.DECODING:
+                self._decoding(request)
             request.lifecycle.tokens_arrived(delta.first_index, self._clock())
             self._gate.tokens_came(request, len(choice.tokens) - num_known)
         self._links.acknowledge(ref, output.key, delta.choice, len(choice.tokens))

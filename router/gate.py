@@ -43,9 +43,9 @@ class Gate:
         if refusal is not None:
             return _exhausted(refusal.cause, refusal.message, refusal.retry_after_s)
         request.is_counted = True
-        failure = (
-            self._no_place(self._placer.place(request)) or self._late(request, now) or self._full(request)
-        )
+        decision = self._placer.place(request)
+        request.choice = decision if isinstance(decision, Placement) else None
+        failure = self._no_place(decision) or self._late(request, now) or self._full(request)
         if failure is not None:
             request.is_counted = False
             self._limits.withdrawn(tenant, num_tokens, now)
@@ -94,7 +94,7 @@ class Gate:
             request.demand.num_prompt_tokens,
             self._queue.ahead(request.key.tenant, request.priority, weight),
             self._queue.service_rate,
-            self._placer.predict_ttft_s(request),
+            self._predicted_s(request),
             priority=request.priority,
         )
         shed = self._shedder.judge(forecast, request.deadline_s - now)
@@ -109,6 +109,12 @@ class Gate:
             retryable=shed.retryable,
             retry_after_s=shed.retry_after_s,
         )
+
+    def _predicted_s(self, request: Request) -> float | None:
+        """From placement to the first token: on the workers just chosen, else on those that would be."""
+        if request.choice is not None:
+            return request.choice.predicted_ttft_s
+        return self._placer.predict_ttft_s(request)
 
     def _full(self, request: Request) -> Failure | None:
         assert request.demand is not None

@@ -84,6 +84,7 @@ class Request:
     landed_on: WorkerRef | None = None
     decisions: deque[Decision] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))
     keys: PromptKeys | None = None
+    choice: Placement | None = None
     priority: int = 0
     arrived_s: float = 0.0
     forecast: Forecast | None = None

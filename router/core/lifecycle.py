@@ -44,6 +44,9 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.FAILED: frozenset(),
 }
 
+# Asked with every token: a look-up by state would hash it, which an enum does in Python.
+_OVER = (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
+
 _STAGES = {
     RequestState.QUEUED: Stage.QUEUE,
     RequestState.PLACED: Stage.RESERVE,
@@ -100,7 +103,7 @@ class Lifecycle:
 
     @property
     def is_over(self) -> bool:
-        return not TRANSITIONS[self.state]
+        return self.state in _OVER
 
     @property
     def stage(self) -> Stage:
