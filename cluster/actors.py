@@ -1,7 +1,8 @@
 """The Ray actors: one process for each worker, one for the router. Thin; what they hold knows no Ray.
 
 The constructors start the servers, because Ray runs them again when it restarts an actor whose process
-died: a worker that was killed comes back with a new epoch and registers with the routers by itself.
+died: a worker that was killed comes back with a new epoch and registers with the routers by itself. So does one
+whose process was to end (SIGTERM, `restart`), once it has drained; one that an operator had leave does not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import logging
 import logging.handlers
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +21,13 @@ from pathlib import Path
 import ray
 
 from cluster.model_store import resolve
-from cluster.state import ROUTER_NAME, log_file, run_directory
+from cluster.state import log_file, run_directory
 from cluster.stores import StoreSettings, store_config
 from router.config import RouterConfig
 from worker.affinity import pin_process
 from worker.config import WorkerConfig
 from worker.service_loop import ServiceLoop
+from worker.termination import GRACE_S, drain_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ RESTART_PAUSE_S = 5.0
 CALL_TIMEOUT_S = 30.0
 DISK_TIMEOUT_S = 60.0
 _LOG_BYTES = 4 << 20
+_RESTART_ME = 1
+"""The exit code of a process that Ray shall start another one for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +67,33 @@ class WorkerActor:
             config = dataclasses.replace(config, model_dir=resolve(str(config.model_dir)))
             self._node = WorkerNode(config, services_of(config.role))
             self._node.start()
+        self._ending = threading.Lock()
+        # Ray runs this in the main thread, and looks for signals there while nothing is called.
+        drain_on_sigterm(self._node)
+        threading.Thread(target=self._end_when_gone, name="end-when-gone", daemon=True).start()
 
     def facts(self) -> ActorFacts:
         """Answers once the worker is ready."""
         return ActorFacts(os.getpid(), self._node.address)
 
+    def restart(self) -> None:
+        """Begin to leave; the process ends then, and Ray starts another one. Returns at once."""
+        self._node.terminate(GRACE_S)
+
     def stop(self) -> None:
         """End all sessions in order."""
-        self._node.stop()
+        with self._ending:
+            self._node.stop()
+
+    def _end_when_gone(self) -> None:
+        self._node.wait_until_gone()
+        self.stop()
+        logger.info("left%s", " for good" if self._node.is_retired else "")
+        if self._node.is_retired:
+            # An actor that only ends its process is restarted.
+            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+            return
+        os._exit(_RESTART_ME)
 
 
 class RouterActor:
@@ -77,7 +101,7 @@ class RouterActor:
 
     def __init__(self, config: RouterConfig, cpus: tuple[int, ...]) -> None:
         """Serve; `cpus` are the cores that it may use."""
-        _log_to(log_file(run_directory(), ROUTER_NAME))
+        _log_to(log_file(run_directory(), config.router_id))
         with _failure_logged():
             from router.server import RouterServer
 
@@ -131,7 +155,7 @@ def _failure_logged() -> Iterator[None]:
         if ray.get_runtime_context().was_current_actor_reconstructed:
             # Ray gives an actor up for good when its constructor raises, but restarts one whose process ends.
             time.sleep(RESTART_PAUSE_S)
-            os._exit(1)
+            os._exit(_RESTART_ME)
         raise
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.actors import ActorFacts, RouterActor, StoreActor, WorkerActor
+from cluster.actors import CALL_TIMEOUT_S, ActorFacts, RouterActor, StoreActor, WorkerActor
 from cluster.errors import ClusterError, LaunchError
 from cluster.placement import Node
 from cluster.plan import MALLOC_ENVIRONMENT, environment
 from cluster.profile import split_address
 from cluster.progress import Progress
-from cluster.state import ROUTER_NAME, log_file
+from cluster.state import log_file
 from cluster.wiring import Wiring
 
 NAMESPACE = "headrace"
@@ -64,9 +64,10 @@ def start_actors(wiring: Wiring, home: Path | None) -> dict[str, Any]:
     home_variable = {"HEADRACE_HOME": str(home)} if home is not None else {}
     plan = wiring.plan
     started = {
-        ROUTER_NAME: _options(RouterActor, ROUTER_NAME, plan.router.node, home_variable).remote(
-            wiring.router_config(), plan.router.cpus
+        router.name: _options(RouterActor, router.name, router.node, home_variable).remote(
+            wiring.router_config(router), router.cpus
         )
+        for router in plan.routers
     }
     for store in plan.stores:
         variables = home_variable | MALLOC_ENVIRONMENT
@@ -124,6 +125,20 @@ def stop_actors(names: Collection[str]) -> None:
         ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
     for actor in handles.values():
         ray.kill(actor, no_restart=True)
+
+
+def restart_worker(worker_id: str) -> None:
+    """Have a worker that has drained end its process; Ray starts another one. Raises ClusterError where it is gone."""
+    try:
+        actor: Any = ray.get_actor(worker_id, namespace=NAMESPACE)
+    except ValueError as error:
+        raise ClusterError(
+            f"Ray knows no worker {worker_id!r}: one that left for good comes back with `headrace down` and `up`"
+        ) from error
+    try:
+        ray.get(actor.restart.remote(), timeout=CALL_TIMEOUT_S)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        raise ClusterError(f"{worker_id} cannot be restarted: {_last_line(str(error))}") from error
 
 
 def log_tail(run_dir: Path, actor: str) -> tuple[str, ...]:

@@ -17,14 +17,13 @@ from cluster.errors import ClusterError, NotRunningError
 from cluster.machine import this_machine
 from cluster.memory import ModelFacts
 from cluster.model_store import ModelStoreError, read_manifest, resolve
-from cluster.plan import ClusterPlan, plan
+from cluster.plan import ClusterPlan, RouterPlan, plan
 from cluster.problems import ProfileError
 from cluster.profile import LoadedProfile
 from cluster.progress import Progress, Silent
 from cluster.readiness import wait_until_serving
 from cluster.secret import cluster_secret
 from cluster.state import (
-    ROUTER_NAME,
     ClusterState,
     exclusive,
     read_state,
@@ -142,7 +141,7 @@ class _Launch:
     def on_local_ray(self) -> ClusterState:
         """On a Ray of our own."""
         machine = this_machine()
-        planned = self._with_port(plan(self.loaded, [machine], self.model.facts))
+        planned = self._with_ports(plan(self.loaded, [machine], self.model.facts))
         self.progress.begin("ray", "starting")
         ray = local_ray.start(
             self.run_dir,
@@ -158,7 +157,7 @@ class _Launch:
         with driver(ray.address):
             self.progress.end("ray", f"on {ray.address}, for this machine only")
             pids = self._bring_up(wiring, state, home=self.run_dir.parent)
-        local_ray.move(ray, planned.router.cpus, but=pids)
+        local_ray.move(ray, planned.routers[0].cpus, but=pids)
         return self._ready(state, wiring)
 
     def on_joined_ray(self, address: str) -> ClusterState:
@@ -169,7 +168,7 @@ class _Launch:
         self.progress.begin("ray", f"joining {address}")
         with driver(address):
             wiring = self._wiring(plan(self.loaded, cluster_nodes(), self.model.facts))
-            if wiring.plan.router.port == 0:
+            if wiring.plan.routers[0].port == 0:
                 message = "a router on a Ray cluster needs a port that stays the same when it restarts"
                 raise ProfileError([self.loaded.problem(("router", "grpc"), message)])
             self.progress.end("ray", f"joined {address}")
@@ -186,13 +185,14 @@ class _Launch:
 
         actors = start_actors(wiring, home)
         facts = wait_for_actors(actors, self.run_dir, self.deadline_s, self.progress)
-        self.progress.begin("cluster", "waiting for the router to reach every worker")
+        self.progress.begin("cluster", "waiting for every router to reach every worker")
         workers = [worker.worker_id for worker in wiring.plan.workers]
-        wait_until_serving(wiring.router_address, wiring.cluster_secret, workers, self.deadline_s)
+        for address in wiring.router_addresses:
+            wait_until_serving(address, wiring.cluster_secret, workers, self.deadline_s)
         return {each.pid for each in facts.values()}
 
     def _ready(self, state: ClusterState, wiring: Wiring) -> ClusterState:
-        self.progress.end("cluster", f"serving at {wiring.router_address}")
+        self.progress.end("cluster", f"serving at {', '.join(wiring.router_addresses)}")
         state = dataclasses.replace(state, ready=True)
         write_state(self.run_dir, state)
         return state
@@ -205,34 +205,36 @@ class _Launch:
     def _state(self, wiring: Wiring, address: str, ray: local_ray.LocalRay | None) -> ClusterState:
         return ClusterState(
             profile=self.loaded.profile.name,
-            router_address=wiring.router_address,
+            router_address=wiring.router_addresses[0],
+            other_routers=wiring.router_addresses[1:],
             cluster_secret=wiring.cluster_secret.hex(),
             ray_address=address,
             local_ray=ray,
             actors=(
-                ROUTER_NAME,
+                *(router.name for router in wiring.plan.routers),
                 *(store.store_id for store in wiring.plan.stores),
                 *(worker.worker_id for worker in wiring.plan.workers),
             ),
         )
 
-    def _with_port(self, planned: ClusterPlan) -> ClusterPlan:
-        """The plan with a port that is free on this machine.
+    def _with_ports(self, planned: ClusterPlan) -> ClusterPlan:
+        """The plan with ports that are free on this machine.
 
         gRPC would share a port that is in use, and requests would reach one of the two servers by chance.
         """
-        router = planned.router
+        routers = tuple(self._with_port(router) for router in planned.routers)
+        return dataclasses.replace(planned, routers=routers)
+
+    def _with_port(self, router: RouterPlan) -> RouterPlan:
         if router.port == 0:
-            return dataclasses.replace(
-                planned, router=dataclasses.replace(router, port=local_ray.free_port())
-            )
+            return dataclasses.replace(router, port=local_ray.free_port())
         try:
             socket.create_server((router.host, router.port)).close()
         except OSError as error:
-            message = f"cannot listen on {self.loaded.profile.router.grpc}: {error.strerror}"
-            expected = "a free port; 0 takes any"
+            message = f"cannot listen on port {router.port} of {router.host}: {error.strerror}"
+            expected = "free ports, one after the other for each replica; 0 takes any"
             raise ProfileError([self.loaded.problem(("router", "grpc"), message, expected)]) from error
-        return planned
+        return router
 
 
 def _refuse_second(run_dir: Path) -> None:

@@ -26,6 +26,8 @@ from cluster.units import format_size
 from engine.models.layouts import kv_dtypes
 from worker.config import WorkerRole
 
+ROUTER_NAME = "router"
+"""The first router's actor, and what the others' names begin with; the workers' are called by their worker ids."""
 MALLOC_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
@@ -70,8 +72,9 @@ class WorkerPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterPlan:
-    """The router: its machine, its cores, where it listens."""
+    """A router: its name, its machine, its cores, where it listens."""
 
+    name: str
     node: Node
     cpus: tuple[int, ...]
     host: str
@@ -112,7 +115,7 @@ class ClusterPlan:
     """
 
     workers: tuple[WorkerPlan, ...]
-    router: RouterPlan
+    routers: tuple[RouterPlan, ...]
     stores: tuple[StorePlan, ...]
     precision: str
     kv_dtype: str
@@ -134,18 +137,27 @@ def plan(loaded: LoadedProfile, nodes: Sequence[Node], model: ModelFacts = Model
     divisions = _divisions(placed, nodes)
     workers = tuple(_worker(slot, divisions[slot.node.address], kv_bytes[slot.group]) for slot in placed)
     host, port = split_address(loaded.profile.router.grpc)
-    router = RouterPlan(node=nodes[0], cpus=divisions[nodes[0].address].service, host=host, port=port)
+    routers = tuple(
+        RouterPlan(
+            name=ROUTER_NAME if number == 0 else f"{ROUTER_NAME}-{number}",
+            node=nodes[0],
+            cpus=divisions[nodes[0].address].service,
+            host=host,
+            port=port + number if port else 0,
+        )
+        for number in range(loaded.profile.router.replicas)
+    )
     problems = [
         *_mixed_devices(loaded, placed),
         *_wrong_device(loaded, placed),
         *memory_problems(loaded, placed, kv_bytes, numbers, model),
-        *_router_problems(loaded, workers, router),
+        *_router_problems(loaded, workers, routers[0]),
     ]
     if problems:
         raise ProfileError(problems)
     return ClusterPlan(
         workers=workers,
-        router=router,
+        routers=routers,
         stores=tuple(_stores(loaded, workers)),
         precision=numbers.precision,
         kv_dtype=numbers.kv_dtype,

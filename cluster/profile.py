@@ -265,6 +265,8 @@ class Router(Section):
 
     grpc: Address = "127.0.0.1:8460"
     """Where it listens; port 0 takes a free one."""
+    replicas: Annotated[int, Field(ge=1, le=16)] = 1
+    """How many; the second one listens on the port after the first one's, and so on."""
     policy: Policy = "cost"
     """How workers are chosen."""
     slo: Slo | None = None

@@ -18,8 +18,6 @@ from cluster.local_ray import LocalRay
 from cluster.model_store import store_root
 
 FORMAT = 1
-ROUTER_NAME = "router"
-"""The router's actor; the workers' are called by their worker ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +38,12 @@ class ClusterState:
     local_ray: LocalRay | None
     actors: tuple[str, ...] = ()
     ready: bool = False
+    other_routers: tuple[str, ...] = ()
+
+    @property
+    def routers(self) -> list[str]:
+        """Addresses of all routers."""
+        return [self.router_address, *self.other_routers]
 
     @property
     def is_stale(self) -> bool:
@@ -71,7 +75,8 @@ def read_state(run_dir: Path) -> ClusterState | None:
             raise ValueError("it is of another version")
         local_ray = content["local_ray"]
         content["local_ray"] = LocalRay(**local_ray) if local_ray else None
-        content["actors"] = tuple(content["actors"])
+        for name in ("actors", "other_routers"):
+            content[name] = tuple(content.get(name, ()))
         return ClusterState(**content)
     except FileNotFoundError:
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.placement import Node
-from cluster.plan import ClusterPlan, StorePlan, WorkerPlan
+from cluster.plan import ClusterPlan, RouterPlan, StorePlan, WorkerPlan
 from cluster.profile import Profile
 from cluster.profile import Tenant as TenantSection
 from cluster.stores import StoreSettings, store_address
@@ -33,17 +33,15 @@ class Wiring:
     cluster_secret: bytes
 
     @property
-    def router_address(self) -> str:
-        """Where workers and clients reach the router."""
-        router = self.plan.router
-        host = router.node.address if router.host in ("0.0.0.0", "::") else router.host
-        return _join(host, router.port)
+    def router_addresses(self) -> tuple[str, ...]:
+        """Where workers and clients reach the routers."""
+        return tuple(_reached_at(router) for router in self.plan.routers)
 
-    def router_config(self) -> RouterConfig:
-        """What the router is told."""
-        profile, router = self.profile, self.plan.router
+    def router_config(self, router: RouterPlan) -> RouterConfig:
+        """What a router is told."""
+        profile = self.profile
         return RouterConfig(
-            router_id="router-0",
+            router_id=router.name,
             model_name=self.model_name,
             model_dir=Path(self.model),
             cluster_secret=self.cluster_secret,
@@ -106,7 +104,7 @@ class Wiring:
             cpus=worker.cpus,
             service_cpus=worker.service_cpus,
             device=worker.device,
-            routers=(self.router_address,),
+            routers=self.router_addresses,
             host=worker.node.address,
             fidelity=self.profile.kvtransfer.fidelity,
             codec=self.profile.kvtransfer.codec,
@@ -125,6 +123,11 @@ def _tenant(name: str, said: TenantSection) -> Tenant:
         burst_tokens=said.burst,
         max_priority=said.max_priority,
     )
+
+
+def _reached_at(router: RouterPlan) -> str:
+    host = router.node.address if router.host in ("0.0.0.0", "::") else router.host
+    return _join(host, router.port)
 
 
 def _join(host: str, port: int) -> str:

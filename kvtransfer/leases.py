@@ -298,9 +298,13 @@ class LeaseTable:
 
     def fence(self, new_epoch: int, cause: str = "FENCED") -> None:
         """Out of touch for too long: ends every lease and goes on as a new incarnation."""
+        self.end_all(cause)
+        self.epoch = new_epoch
+
+    def end_all(self, cause: str) -> None:
+        """Ends every lease, in whatever state it is."""
         for lease in list(self._leases.values()):
             self._end_by_owner(lease, cause)
-        self.epoch = new_epoch
 
     def drain_reclaimable(self) -> list[bytes]:
         """Leases whose memory may be freed now; each comes once."""

@@ -167,6 +167,11 @@ class LeaseKeeper:
             for lease_id in table.overdue():
                 table.release(lease_id, DEADLINE_EXCEEDED)
 
+    def end_all(self, cause: str) -> None:
+        """End every lease; the role hears of each as of one that was lost."""
+        with self.desk.change() as table:
+            table.end_all(cause)
+
     def fence(self, new_epoch: int) -> None:
         """End every lease with cause FENCED, and go on as a new incarnation."""
         with self.desk.change() as table:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -31,6 +32,7 @@ from worker.fencing import FenceWatch, running_s
 from worker.idle_check import IdleCheck
 from worker.kv import KvParts, KvServer
 from worker.leasing import LeaseKeeper
+from worker.lifecycle import Held, Lifecycle
 from worker.membership import Membership
 from worker.pacing import LandingPace
 from worker.prefixes import PrefixFetcher
@@ -48,6 +50,7 @@ STOP_GRACE_S = 0.5
 SWEEP_INTERVAL_S = 0.1
 REPORT_DELAY_S = 0.01
 FENCED = "FENCED"
+DRAINED = "DRAINED"
 
 
 class WorkerNode:
@@ -71,12 +74,17 @@ class WorkerNode:
         self._fetchers: list[PrefixFetcher] = []
         self._idle_check: IdleCheck | None = None
         self._journal = BlockJournal()
-        self._state: worker_pb2.WorkerState = worker_pb2.WORKER_STATE_NO_NEW
+        self._lifecycle = Lifecycle(time.monotonic)
+        self._told_state = self._lifecycle.state
+        self._gone = threading.Event()
         self._report_due = False
         self._loop = ServiceLoop()
         self._engine_thread = EngineThread(self._open_engine, self, config.cpus)
         self._kv_server: KvServer | None = None
         self._write_back: WriteBack | None = None
+        self._membership: Membership | None = None
+        self._telling: asyncio.Task[None] | None = None  # health checks; the loop itself keeps no task alive
+        self._leaving: asyncio.Task[None] | None = None
         self._started = AsyncExitStack()  # how to end what was begun on the loop, last first
 
     # --- life ----------------------------------------------------------------------------------
@@ -104,7 +112,7 @@ class WorkerNode:
 
     def stop(self) -> None:
         """End every request with a cause, and every thread. Idempotent."""
-        self._state = worker_pb2.WORKER_STATE_GONE
+        self._lifecycle.close()
         if self._loop.is_running:
             self._loop.run(self._started.aclose(), STOP_TIMEOUT_S)
         if self._write_back is not None:
@@ -115,10 +123,25 @@ class WorkerNode:
         self._engine_thread.stop()
         self._loop.stop()
 
+    def terminate(self, hand_back_after_s: float) -> None:
+        """Begin to leave: finish what is here, hand back what still runs after that many seconds, serve cached blocks
+        for a moment, go. Any thread, a signal's handler too; returns at once."""
+        self._loop.loop.call_soon_threadsafe(self._terminate, hand_back_after_s)
+
+    def wait_until_gone(self, timeout_s: float | None = None) -> bool:
+        """Wait until the worker has left, by `terminate` or because a router passed that on; then `stop` it.
+        False where `timeout_s` passed before."""
+        return self._gone.wait(timeout_s)
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether an operator had the worker leave for good: its process shall not be started again."""
+        return self._lifecycle.is_retired
+
     def hello(self) -> worker_pb2.WorkerHello:
         """What routers are told of this worker."""
         return worker_hello(
-            self.config, self.engine, self.epoch, self._identity, self.kv_address, self._state
+            self.config, self.engine, self.epoch, self._identity, self.kv_address, self._lifecycle.state
         )
 
     def report(self) -> worker_pb2.WorkerReport:
@@ -127,7 +150,7 @@ class WorkerNode:
         return worker_report(
             self.engine,
             self._engine_thread.counters,
-            self._state,
+            self._lifecycle.state,
             num_leases=sum(keeper.num_live for keeper in self._keepers),
             refused_stale=sum(counter.stale for counter in counters),
             kv=self._kv_report(),
@@ -143,7 +166,7 @@ class WorkerNode:
     @property
     def healthy(self) -> bool:
         """Whether the worker takes requests."""
-        return self._state == worker_pb2.WORKER_STATE_SERVING
+        return self._lifecycle.state == worker_pb2.WORKER_STATE_SERVING
 
     @property
     def num_idle_violations(self) -> int:
@@ -184,7 +207,8 @@ class WorkerNode:
         await self._open_control_server()
         for service in self._services:
             self._started.push_async_callback(service.close)
-        self._state = worker_pb2.WORKER_STATE_SERVING
+        self._lifecycle.serve()
+        self._told_state = self._lifecycle.state
         await self._control.set_healthy(True)
         self._join()
         self._fence_watch = FenceWatch(
@@ -220,7 +244,7 @@ class WorkerNode:
     async def _open_control_server(self) -> None:
         config = self.config
         self._session = SessionServicer(
-            self.hello, self.report, config.resume_grace_s, self._services, self._journal
+            self.hello, self.report, config.resume_grace_s, self._services, self._journal, self._ask
         )
         self._control = ControlServer(self._session, config.host, config.port, config.cluster_secret)
         self.address = join_address(config.host, self._control.port)
@@ -253,9 +277,11 @@ class WorkerNode:
 
     def _join(self) -> None:
         metadata = cluster_metadata(self.config.cluster_secret)
-        membership = Membership(self.config.routers, self._announcement, metadata, self._session.connected)
-        membership.start()
-        self._started.push_async_callback(membership.stop)
+        self._membership = Membership(
+            self.config.routers, self._announcement, metadata, self._session.connected
+        )
+        self._membership.start()
+        self._started.push_async_callback(self._membership.stop)
 
     def _announcement(self) -> cluster_pb2.RegisterRequest:
         return cluster_pb2.RegisterRequest(
@@ -289,9 +315,48 @@ class WorkerNode:
             service.on_engine_failed(lease_ids if healthy else None, message)
         if not healthy:
             logger.error("the engine failed repeatedly: no more requests are taken")
-            self._state = worker_pb2.WORKER_STATE_GONE
-            unhealthy = asyncio.ensure_future(self._control.set_healthy(False))
-            self._started.callback(unhealthy.cancel)
+            self._lifecycle.close()
+            self._move_on()
+
+    # --- leaving (worker/lifecycle.py) ---------------------------------------------------------
+
+    def _ask(self, wanted: worker_pb2.WorkerState) -> None:
+        self._lifecycle.ask(wanted)
+        self._move_on()
+
+    def _terminate(self, hand_back_after_s: float) -> None:
+        self._lifecycle.terminate(hand_back_after_s)
+        self._move_on()
+
+    def _move_on(self) -> None:
+        """Look whether the next state is reached, and tell of it."""
+        if self._lifecycle.look(self._held()):
+            for keeper in self._keepers:
+                keeper.end_all(DRAINED)
+        if self._lifecycle.state != self._told_state:
+            self._told_state = self._lifecycle.state
+            logger.info(
+                "worker %s is %s", self.config.worker_id, worker_pb2.WorkerState.Name(self._told_state)
+            )
+            self._report_soon()
+            self._telling = asyncio.ensure_future(self._control.set_healthy(self.healthy))
+        if self._lifecycle.is_over and self._leaving is None:
+            self._leaving = asyncio.ensure_future(self._leave())
+
+    def _held(self) -> Held:
+        is_behind = self._write_back is not None and self._write_back.is_behind
+        return Held(
+            num_requests=sum(service.num_requests for service in self._services),
+            is_moving=is_behind or self._is_moving(),
+        )
+
+    async def _leave(self) -> None:
+        """End the sessions with the word that the worker is gone, and announce it no more."""
+        if self._membership is not None:
+            await self._membership.stop()
+        self._session.broadcast_report()
+        self._session.close()
+        self._gone.set()
 
     # --- timers --------------------------------------------------------------------------------
 
@@ -301,6 +366,7 @@ class WorkerNode:
             self._fence(reason)
         for keeper in self._keepers:
             keeper.sweep()
+        self._move_on()
 
     def _fence(self, reason: str) -> None:
         """Drop every lease and every session, and rejoin as a new incarnation (design §3.3)."""

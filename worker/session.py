@@ -35,12 +35,16 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
         resume_grace_s: float,
         services: Sequence[RoleService],
         journal: BlockJournal,
+        set_state: Callable[[worker_pb2.WorkerState], None],
     ) -> None:
+        """`set_state`: a router passes on where the worker shall go (worker/lifecycle.py)."""
         self._hello = hello
         self._report = report
         self._resume_grace_s = resume_grace_s
         self._services = services
         self._journal = journal
+        self._set_state = set_state
+        self._is_closed = False
         self._links: dict[str, RouterLink] = {}
         self._had_contact = False
 
@@ -70,7 +74,8 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
             self._drop(link, cause)
 
     def close(self) -> None:
-        """End every stream."""
+        """End every stream once what waits is written, and take no more."""
+        self._is_closed = True
         for link in self._links.values():
             link.close()
         self._links.clear()
@@ -83,6 +88,8 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[worker_pb2.WorkerMessage]:
         """Exchange hellos, then pass messages both ways until either side ends the stream."""
+        if self._is_closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker has left")
         hello = await self._router_hello(request_iterator, context)
         link = self._open(hello)
         stream = link.attach()
@@ -167,6 +174,9 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
             link.snapshot_blocks()
             return
         try:
+            if message.HasField("set_state"):
+                self._set_state(message.set_state.state)
+                return
             known = [service.handle(link, message) for service in self._services]
         except Exception:
             # One request's message must not end the stream of all the others.

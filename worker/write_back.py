@@ -80,6 +80,12 @@ class WriteBack:
         """Whether blocks are pinned for it now."""
         return self._is_writing
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether anything that was noted waits to be written, or is being written."""
+        with self._cond:
+            return bool(self._waiting) or self._is_busy
+
     def start(self) -> None:
         """Begin."""
         self._thread.start()

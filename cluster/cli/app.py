@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from cluster.cli import ask, bench, cache, demo, explain, lifecycle, models, plans, profiles, tenants
+from cluster.cli import ask, bench, cache, demo, drain, explain, lifecycle, models, plans, profiles, tenants
 from cluster.cli.console import err, fail
 from cluster.errors import ClusterError, LaunchError
 from cluster.model_store import ModelStoreError
@@ -28,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 lifecycle.add_to(app)
+drain.add_to(app)
 ask.add_to(app)
 app.add_typer(models.app, name="model")
 app.add_typer(profiles.app, name="profile")

@@ -118,7 +118,7 @@ def connect(address: str, api_key: str) -> Client:
         state = running_cluster()
         if not state.ready:
             raise NotRunningError(f"the cluster of profile {state.profile} is still starting")
-        address = state.router_address
+        return Client(state.routers, api_key=api_key or None)
     return Client(address, api_key=api_key or None)
 
 

@@ -25,6 +25,9 @@ NAMES = (
     "pd",
     "router",
     "chaos",
+    "overload",
+    "replay",
+    "shapes",
 )
 
 
@@ -76,6 +79,14 @@ def bench(
         str, typer.Option(help="chaos only: keep the processes' logs here.", metavar="DIRECTORY")
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="router only: one short run.")] = False,
+    trace: Annotated[
+        str,
+        typer.Option(help="replay only: requests of a real service, to be asked again.", metavar="FILE"),
+    ] = "",
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="overload only: of load at the capacity, and beyond it; 60 by itself.", min=1.0),
+    ] = None,
 ) -> None:
     """Run a benchmark and print what it measured."""
     # Looked up by name, because `bench` stands above `cluster` in the order of imports.
@@ -93,8 +104,14 @@ def bench(
         raise typer.BadParameter(f"{name} has no faults", param_hint="--faults, --seed, --resume, --keep")
     if quick and name != "router":
         raise typer.BadParameter(f"{name} has one length", param_hint="--quick")
+    if seconds is not None and name != "overload":
+        raise typer.BadParameter(f"{name} has a length of its own", param_hint="--seconds")
+    if bool(trace) != (name == "replay"):
+        problem = f"{name} replays nothing" if trace else "replay needs a trace of requests"
+        raise typer.BadParameter(problem, param_hint="--trace")
     benchmark = cast(Benchmark, importlib.import_module(f"bench.{name}"))
-    given = {"link": link, "compare": compare, "quick": "yes" if quick else "", **chaos}
+    given = {"link": link, "compare": compare, "quick": "yes" if quick else "", "trace": trace, **chaos}
+    given["seconds"] = "" if seconds is None else str(seconds)
     report = benchmark.run(err, **{key: value for key, value in given.items() if value})
     if json:
         out.print(report.to_json(), markup=False, soft_wrap=True)

@@ -46,7 +46,7 @@ def demo(
     with LaunchProgress() as progress:
         state = up(loaded, progress=progress)
     try:
-        with Client(state.router_address, timeout_s=TIMEOUT_S) as client:
+        with Client(state.routers, timeout_s=TIMEOUT_S) as client:
             answers = [(prompt.name, _answer(client, prompt)) for prompt in prompts]
         out.print(stages_table(answers))
     finally:

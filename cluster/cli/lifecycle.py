@@ -17,9 +17,10 @@ from cluster.errors import NotRunningError
 from cluster.launch import down as take_down
 from cluster.launch import running_cluster
 from cluster.launch import up as bring_up
+from cluster.plan import ROUTER_NAME
 from cluster.profiles import find_profile
 from cluster.readiness import fetch_status
-from cluster.state import ROUTER_NAME, log_file, run_directory
+from cluster.state import log_file, run_directory
 from headrace.v1 import cluster_pb2, worker_pb2
 
 PROFILE_HELP = "A profile's name (see deploy/profiles) or file."
@@ -112,13 +113,13 @@ def _workers_table(status: cluster_pb2.StatusResponse) -> Table:
 
 
 def _state(worker: cluster_pb2.WorkerStatus) -> str:
+    word = state_word(worker)
     if not worker.connected:
-        return f"[red]unreachable[/red] {escape(worker.last_error)}".rstrip()
-    serving = worker.hello.state if worker.report.state == 0 else worker.report.state
-    word = _word(worker_pb2.WorkerState.Name(serving))
-    return f"[green]{word}[/green]" if serving == worker_pb2.WORKER_STATE_SERVING else word
+        return word if word == "gone" else f"[red]unreachable[/red] {escape(worker.last_error)}".rstrip()
+    return f"[green]{word}[/green]" if word == "serving" else word
 
 
-def _word(enum_name: str) -> str:
-    """`serving` of WORKER_STATE_SERVING."""
-    return enum_name.removeprefix("WORKER_STATE_").lower()
+def state_word(worker: cluster_pb2.WorkerStatus) -> str:
+    """What a worker last said that it was: `serving`, `no_new`, `kv_only`, `gone`."""
+    state = worker.hello.state if worker.report.state == 0 else worker.report.state
+    return worker_pb2.WorkerState.Name(state).removeprefix("WORKER_STATE_").lower()

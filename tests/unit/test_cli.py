@@ -79,13 +79,27 @@ def test_every_command_has_help(run: Run, command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nope"], ["up"], ["status", "--nope"], ["generate", "x", "--max-tokens", "many"]]
+    "arguments",
+    [
+        ["nope"],
+        ["up"],
+        ["status", "--nope"],
+        ["generate", "x", "--max-tokens", "many"],
+        ["drain"],
+        ["drain", "decode-0", "--to", "serving"],
+        ["drain", "decode-0", "--undo", "--timeout", "1"],
+        ["drain", "decode-0", "--no-wait", "--timeout", "1"],
+        ["restart"],
+        ["restart", "decode-0", "--all"],
+    ],
 )
 def test_wrong_usage_exits_with_2(run: Run, arguments: list[str]) -> None:
     assert run(*arguments)[0] == 2
 
 
-@pytest.mark.parametrize("arguments", [["status"], ["generate", "hi"], ["chat"]])
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["generate", "hi"], ["chat"], ["drain", "decode-0"], ["restart", "--all"]]
+)
 def test_without_a_cluster_one_line_says_how_to_get_one(run: Run, arguments: list[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (1, "")

@@ -50,7 +50,7 @@ def test_the_laptop_profile_on_two_cores() -> None:
     prefill, decode = result.workers
     assert (prefill.worker_id, prefill.role, prefill.cpus) == ("prefill-0", WorkerRole.PREFILL, (0,))
     assert (decode.worker_id, decode.role, decode.cpus) == ("decode-0", WorkerRole.DECODE, (1,))
-    assert prefill.service_cpus == decode.service_cpus == result.router.cpus == (0,)
+    assert prefill.service_cpus == decode.service_cpus == result.routers[0].cpus == (0,)
     assert (prefill.ray_cpus, decode.ray_cpus) == (1, 1)
     assert (result.precision, result.kv_dtype) == ("float32", "float32")
 
@@ -192,7 +192,7 @@ def test_workers_spread_over_nodes_of_their_type() -> None:
     )
     result = planned(sections, *nodes)
     assert [worker.node.name for worker in result.workers[:2]] == ["b", "c"]
-    assert result.router.node.name == "a"
+    assert result.routers[0].node.name == "a"
 
 
 def test_a_node_type_that_nobody_has_names_the_nearest() -> None:
@@ -228,7 +228,8 @@ def test_answering_workers_are_told_of_guesses_waiting_and_room() -> None:
 def test_the_router_is_told_its_policy_and_service_level() -> None:
     sections = "colocated: {}\nrouter: {policy: cost, slo: {ttft: 2s, itl: 50ms}}\n"
     loaded = parse_profile(HEAD + sections, "p.yaml")
-    config = Wiring(loaded.profile, plan(loaded, [machine(2)]), "tiny", "tiny", b"s" * 32).router_config()
+    wiring = Wiring(loaded.profile, plan(loaded, [machine(2)]), "tiny", "tiny", b"s" * 32)
+    config = wiring.router_config(wiring.plan.routers[0])
     assert (config.policy, config.slo_ttft_s, config.slo_itl_s) == ("cost", 2.0, 0.05)
     assert (config.api_keys, config.tenants) == ({}, {})
 
@@ -281,14 +282,14 @@ def test_every_process_is_told_what_the_plan_says() -> None:
     prefill, decode = (wiring.worker_config(worker) for worker in result.workers)
     assert (prefill.chunk_tokens, prefill.cpus, prefill.routers) == (64, (0,), ("127.0.0.1:8460",))
     assert (decode.kv_bytes, decode.cpus, decode.service_cpus) == (GIB, (1,), (0,))
-    router = wiring.router_config()
+    router = wiring.router_config(result.routers[0])
     assert (router.listen, router.max_context, router.model_name) == ("127.0.0.1:8460", 2048, "tiny")
 
 
 def test_a_router_on_every_interface_is_reached_at_its_node() -> None:
     loaded = parse_profile(HEAD + "colocated: {}\nrouter: {grpc: '0.0.0.0:9'}\n", "p.yaml")
     result = plan(loaded, [machine(2, name="10.0.0.7")])
-    assert Wiring(loaded.profile, result, "tiny", "tiny", bytes(32)).router_address == "10.0.0.7:9"
+    assert Wiring(loaded.profile, result, "tiny", "tiny", bytes(32)).router_addresses == ("10.0.0.7:9",)
 
 
 @st.composite
@@ -328,3 +329,18 @@ def test_any_profile_on_any_machines_gives_a_plan_that_fits_or_problems(
         assert sum(worker.ray_cpus for worker in here) <= len(node.cores)
         assert sum(worker.gpus for worker in here) <= len(node.gpu_memory_bytes)
         assert all(set(worker.cpus) <= set(node.cores) for worker in here)
+
+
+def test_router_replicas_listen_on_one_port_after_the_other_and_workers_know_them_all() -> None:
+    sections = "colocated: {}\nrouter: {grpc: '127.0.0.1:9000', replicas: 2}\n"
+    loaded = parse_profile(HEAD + sections, "p.yaml")
+    result = plan(loaded, [machine(2)])
+    wiring = Wiring(loaded.profile, result, "tiny", "tiny", bytes(32))
+    assert wiring.router_addresses == ("127.0.0.1:9000", "127.0.0.1:9001")
+    assert [router.name for router in result.routers] == ["router", "router-1"]
+    assert {wiring.worker_config(worker).routers for worker in result.workers} == {wiring.router_addresses}
+    configs = [wiring.router_config(router) for router in result.routers]
+    assert [(config.router_id, config.listen) for config in configs] == [
+        ("router", "127.0.0.1:9000"),
+        ("router-1", "127.0.0.1:9001"),
+    ]

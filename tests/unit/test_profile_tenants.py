@@ -46,7 +46,8 @@ def only_problem(text: str) -> Problem:
 
 def test_the_router_is_told_who_may_do_what() -> None:
     loaded = parse_profile(GOOD + TENANTS, "p.yaml")
-    config = Wiring(loaded.profile, plan(loaded, [NODE]), "tiny", "tiny", b"s" * 32).router_config()
+    wiring = Wiring(loaded.profile, plan(loaded, [NODE]), "tiny", "tiny", b"s" * 32)
+    config = wiring.router_config(wiring.plan.routers[0])
     assert config.api_keys == {KEY_A: "team-a", KEY_B: "team-b"}
     assert config.tenants == {
         "team-a": Tenant(
