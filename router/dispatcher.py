@@ -194,11 +194,16 @@ class Dispatcher:
         if refusal is not None:
             self._book.end(request, RequestState.FAILED, given_up(failure, refusal))
             return
+        request.failed_on.add(ref)
+        self._move(request, ref, failure)
+
+    def _move(self, request: Request, ref: WorkerRef, failure: Failure) -> None:
+        """Ends the attempt on every worker that it was on; the next one goes on behind the tokens that came."""
         logger.info(
             "request %s attempt %d failed in %s: %s; goes on behind %s tokens",
             request.key.request_id, request.attempt, failure.stage, failure.cause, request.answer.num_tokens,
         )  # fmt: skip
-        request.failed_on.add(ref)
+        request.num_moves += 1
         decode = request.placement.decode if request.placement is not None else None
         request.landed_on = None if ref == decode else decode
         self._cancel_attempt(request, failure.cause)
@@ -305,6 +310,9 @@ class Dispatcher:
                 self.pump()
             case Verdict.TAKEN_OVER:
                 self._book.end(request, RequestState.CANCELLED, taken_over())
+            case Verdict.MOVE:
+                self._move(request, ref, failure_of(error, request.stage))
+                self.pump()
             case Verdict.RECOVER:
                 self._recover(request, ref, failure_of(error, request.stage))
                 self.pump()
@@ -368,7 +376,8 @@ class Dispatcher:
         return [request for request in self._book.live if request.runs_on(ref)]
 
     def _start_prefill(self, request: Request, ref: WorkerRef) -> None:
-        self._links.send(ref, messages.start_prefill(request, self._remaining_s(request)))
+        sources = self._placer.sources(request)
+        self._links.send(ref, messages.start_prefill(request, self._remaining_s(request), sources))
 
     def _decoding(self, request: Request) -> None:
         if request.lifecycle.state is RequestState.PREFILLING:

@@ -1,5 +1,7 @@
 """Requests as workers and clients are told of them: pure construction of the contract's messages."""
 
+from collections.abc import Iterable
+
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import worker_pb2
 from router.requests import Request
@@ -30,11 +32,17 @@ def take_over(request: Request) -> worker_pb2.RouterMessage:
     return worker_pb2.RouterMessage(take_over=worker_pb2.TakeOver(key=request.wire_key))
 
 
-def start_prefill(request: Request, remaining_s: float) -> worker_pb2.RouterMessage:
-    """To the prefill worker, with the lease to push into."""
+def start_prefill(
+    request: Request, remaining_s: float, sources: Iterable[worker_pb2.CacheSource]
+) -> worker_pb2.RouterMessage:
+    """To the prefill worker, with the lease to push into, and who else has some of the prompt cached."""
     return worker_pb2.RouterMessage(
         start_prefill=worker_pb2.StartPrefill(
-            key=request.wire_key, task=request.task, remaining_s=remaining_s, lease=request.lease
+            key=request.wire_key,
+            task=request.task,
+            remaining_s=remaining_s,
+            lease=request.lease,
+            sources=sources,
         )
     )
 

@@ -6,11 +6,14 @@ how much of the prompt cached, and the placement, which decides. Lives on the ro
 
 from collections.abc import Callable
 
+from headrace.v1 import worker_pb2
 from router.core.fleet import WorkerRef
 from router.core.index_feed import IndexFeed
 from router.core.placement import Placement, PlacementState, Wait
 from router.prompt_keys import KeyRoots, PromptKeys
 from router.requests import Decision, Request, RequestKey
+
+MAX_SOURCES = 2
 
 
 class Placer:
@@ -59,6 +62,24 @@ class Placer:
         if request.keys is not None:
             for ref in placement.workers:
                 self._feed.assume(ref, request.keys, now)
+
+    def sources(self, request: Request) -> list[worker_pb2.CacheSource]:
+        """Workers that have more of the prompt cached than its own two, the one with most first: who prefills may fetch
+        from them. Those that take no requests any more may have it too."""
+        placement, now = request.placement, self._clock()
+        if placement is None:
+            return []
+        known = max(placement.cached_decode_tokens, placement.cached_prefill_tokens)
+        more = [(mask, tokens) for mask, tokens in self._cached(request, now) if tokens > known]
+        found = [
+            worker_pb2.CacheSource(
+                kv_address=worker.facts.kv_address, epoch=worker.facts.ref.epoch, cached_tokens=tokens
+            )
+            for mask, tokens in more
+            for worker in self._placement.workers_in(mask, MAX_SOURCES)
+            if worker.connected and worker.facts.ref not in placement.workers
+        ]
+        return found[:MAX_SOURCES]
 
     def granted(self, request: Request, cached_tokens: int) -> None:
         """The decode worker has taken the request, and found so much of it cached."""

@@ -80,6 +80,7 @@ class Request:
     prefill: worker_pb2.PrefillFinished | None = None
     prefills: list[worker_pb2.PrefillFinished] = field(default_factory=list)
     setbacks: Setbacks = field(default_factory=Setbacks)
+    num_moves: int = 0
     failed_on: set[WorkerRef] = field(default_factory=set)
     landed_on: WorkerRef | None = None
     decisions: deque[Decision] = field(default_factory=lambda: deque(maxlen=MAX_DECISIONS))

@@ -38,7 +38,7 @@ def _timing(request: Request, now: float) -> pb.Timing:
         total_s=times.total_s,
         first_step_s=times.first_step_s,
         predicted_ttft_s=_predicted_ttft_s(request),
-        attempts=request.setbacks.workers_lost + request.setbacks.failed_attempts + 1,
+        attempts=request.num_moves + 1,
     )
     if request.prefill is not None:
         timing.prefill_s = request.prefill.prefill_s

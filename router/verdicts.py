@@ -12,6 +12,7 @@ MAX_MESSAGE_CHARS = 500
 NO_WORKERS_RETRY_S = 1.0
 
 _NO_ROOM = frozenset({"NO_CAPACITY", "NOT_SERVING"})
+_LEAVING = frozenset({"DRAINED", "NOT_SERVING"})
 _OUTDATED = frozenset({"STALE_ATTEMPT", "LEASE_CLOSED", "CANCELLED"})
 _CODES = {
     "DEADLINE_EXCEEDED": Code.DEADLINE_EXCEEDED,
@@ -26,6 +27,7 @@ class Verdict(StrEnum):
     NO_ROOM = "NO_ROOM"  # the reservation was refused: back to the queue
     OUTDATED = "OUTDATED"  # the worker knows a later attempt of that name: place it with a higher number
     TAKEN_OVER = "TAKEN_OVER"  # another router goes on with it
+    MOVE = "MOVE"  # the worker is leaving: elsewhere, and nobody's fault
     RECOVER = "RECOVER"  # another attempt may do better
     FAIL = "FAIL"
 
@@ -36,6 +38,8 @@ def verdict_on(error: pb.ErrorDetail, state: RequestState) -> Verdict:
         return Verdict.NO_ROOM
     if error.cause == "TAKEN_OVER":
         return Verdict.TAKEN_OVER
+    if error.cause in _LEAVING:
+        return Verdict.MOVE
     if error.cause in _OUTDATED:
         return Verdict.OUTDATED
     return Verdict.RECOVER if error.retryable else Verdict.FAIL

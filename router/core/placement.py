@@ -103,6 +103,17 @@ class PlacementState(Generic[K]):
         worker = self._workers.get(ref.worker_id)
         return worker if worker is not None and worker.facts.ref == ref else None
 
+    def workers_in(self, mask: int, limit: int) -> list[Worker]:
+        """At most so many of the workers whose slots are bits of `mask`."""
+        found: list[Worker] = []
+        while mask and len(found) < limit:
+            lowest = mask & -mask
+            worker = self._by_slot.get(lowest.bit_length() - 1)
+            if worker is not None:
+                found.append(worker)
+            mask ^= lowest
+        return found
+
     def add(self, facts: WorkerFacts, state: WorkerState, slot: int | None = None) -> None:
         """A worker joined; an older incarnation of it is forgotten, with what was charged to it.
 

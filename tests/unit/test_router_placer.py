@@ -1,0 +1,146 @@
+"""What placement is told of a request, and what is remembered of the choice."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.v1 import worker_pb2
+from kvtransfer.key_digest import key_digest
+from router.core.answer import Answer
+from router.core.fleet import Demand, Identity, Role, WorkerFacts, WorkerRef, WorkerState
+from router.core.index_feed import IndexFeed, KeyScheme
+from router.core.lifecycle import Lifecycle
+from router.core.placement import POLICIES, Placement, PlacementState
+from router.placer import Placer
+from router.prompt_keys import KeyRoots
+from router.requests import Request, RequestKey
+
+pytestmark = pytest.mark.unit
+
+IDENTITY = Identity(weights_digest="w", tokenizer_digest="t", arithmetic="a", layout="l", handoff_major=1)
+SCHEME = KeyScheme("identity", 16)
+PROMPT = list(range(100))
+
+
+class Fleet:
+    """A placer and its workers, at time 0."""
+
+    def __init__(self) -> None:
+        self.placement: PlacementState[RequestKey] = PlacementState(POLICIES["cost"], 1024)
+        self.feed = IndexFeed()
+        self.placer = Placer(self.placement, self.feed, KeyRoots(b"s" * 16), lambda: 0.0)
+
+    def join(self, worker_id: str, role: Role) -> WorkerRef:
+        ref = WorkerRef(worker_id, 7)
+        slot = self.feed.joined(ref, SCHEME, 0.0)
+        facts = WorkerFacts(
+            ref=ref,
+            role=role,
+            identity=IDENTITY,
+            block_tokens=SCHEME.block_tokens,
+            num_blocks=64,
+            max_sequences=8,
+            max_context=1000,
+            kv_address=f"{worker_id}:1",
+            kv_bytes_per_token=1000,
+        )
+        self.placement.add(facts, WorkerState.SERVING, slot)
+        self.feed.take(ref, worker_pb2.BlockEvents(number=1, is_snapshot=True), 0.0)
+        return ref
+
+    def caches(self, ref: WorkerRef, request: Request, num_blocks: int) -> None:
+        assert request.keys is not None
+        keys = request.keys.keys(SCHEME)[:num_blocks]
+        change = worker_pb2.BlockChange(added=True, keys=b"".join(keys))
+        events = worker_pb2.BlockEvents(
+            number=2, changes=[change], num_blocks=num_blocks, digest=key_digest(keys)
+        )
+        self.feed.take(ref, events, 0.0)
+
+    def request(self, request_id: str = "r", num_choices: int = 1) -> Request:
+        request = Request(
+            key=RequestKey("t", request_id),
+            body=b"",
+            seed=0,
+            attempt=1,
+            deadline_s=100.0,
+            resumable=False,
+            resume_handle=b"",
+            lifecycle=Lifecycle(0.0),
+            answer=Answer(num_choices),
+        )
+        request.task = worker_pb2.GenerationTask(prompt_token_ids=PROMPT)
+        request.demand = Demand(num_prompt_tokens=len(PROMPT), max_total_tokens=200, num_choices=num_choices)
+        self.placer.tokens_changed(request)
+        return request
+
+    def dispatch(self, request: Request) -> Placement:
+        placement = self.placer.place(request)
+        assert isinstance(placement, Placement)
+        request.placement = placement
+        self.placer.dispatched(request, placement)
+        return placement
+
+
+def test_who_has_more_of_the_prompt_is_named_as_a_source_though_it_takes_no_requests() -> None:
+    fleet = Fleet()
+    leaving, _ = fleet.join("leaving", Role.PREFILL), fleet.join("d", Role.DECODE)
+    request = fleet.request()
+    fleet.caches(leaving, request, 4)
+    fleet.join("p", Role.PREFILL)
+    fleet.placement.set_state(leaving, WorkerState.KV_ONLY)
+    assert fleet.dispatch(request).prefill == WorkerRef("p", 7)
+    (source,) = fleet.placer.sources(request)
+    assert (source.kv_address, source.epoch, source.cached_tokens) == ("leaving:1", 7, 64)
+    fleet.placement.set_connected(leaving, False)
+    assert fleet.placer.sources(request) == []
+
+
+def test_those_that_the_request_is_placed_on_are_no_sources() -> None:
+    fleet = Fleet()
+    prefill, decode = fleet.join("p", Role.PREFILL), fleet.join("d", Role.DECODE)
+    request = fleet.request()
+    fleet.caches(prefill, request, 3)
+    fleet.caches(decode, request, 2)
+    fleet.dispatch(request)
+    assert fleet.placer.sources(request) == []
+
+
+def test_a_prompt_placed_on_a_worker_counts_as_cached_there_before_it_says_so() -> None:
+    fleet = Fleet()
+    fleet.join("d", Role.DECODE)
+    chosen = {fleet.join(f"p{number}", Role.PREFILL) for number in range(4)}
+    request = fleet.request("first")
+    first = fleet.dispatch(request)
+    fleet.placer.prefilled(request)
+    second = fleet.dispatch(fleet.request("second"))
+    assert first.prefill in chosen
+    assert second.prefill == first.prefill
+    assert (first.cached_prefill_tokens, second.cached_prefill_tokens) == (0, 96)
+
+
+def test_what_an_answer_has_by_now_is_looked_up_too_where_there_is_one_choice() -> None:
+    fleet = Fleet()
+    one, two = fleet.request("one"), fleet.request("two", num_choices=2)
+    for request in (one, two):
+        for choice in request.answer.choices:
+            choice.tokens.extend(range(40))
+        fleet.placer.tokens_changed(request)
+    assert len(one.keys.keys(SCHEME)) == (len(PROMPT) + 40 - 1) // 16
+    assert len(two.keys.keys(SCHEME)) == (len(PROMPT) - 1) // 16
+
+
+def test_predictions_are_held_against_what_workers_find() -> None:
+    fleet = Fleet()
+    prefill = fleet.join("p", Role.PREFILL)
+    fleet.join("d", Role.DECODE)
+    request = fleet.request()
+    fleet.caches(prefill, request, 4)
+    fleet.dispatch(request)
+    fleet.placer.found_cached(request, 32)
+    counters = fleet.feed.counters
+    assert (counters.predictions, counters.false_hits, counters.confirmed_tokens) == (1, 1, 32)
+    fleet.placer.ended(request, "FINISHED")
+    fleet.placer.ended(request, "again")
+    assert [decision.ended for decision in request.decisions] == ["FINISHED"]
+    assert all(worker.prefill_tokens == worker.charged_sequences == 0 for worker in fleet.placement.workers)
