@@ -5,25 +5,22 @@
                └──────── the attempt failed or lost its worker ────────────────┘
 
 Every handler runs to its end on the router's event loop without waiting for anything, so a reader of a
-worker's stream never waits for a client, and no two events of one request interleave. Each placement is an
-attempt with a number of its own; what a worker says of an older one changes nothing. The next attempt goes on
-behind the tokens that are here: it has them computed like a longer prompt, so that none is lost or comes twice.
+worker's stream never waits for a client, and no two events of one request interleave. What a worker says of an
+older attempt than the present one (`attempts`) changes nothing.
 """
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from headrace.v1 import worker_pb2
 from router import messages
+from router.attempts import Attempts, Links, demand_of
 from router.book import RequestBook
 from router.core.answer import Arrival
-from router.core.failures import Failure
-from router.core.fleet import Demand, WorkerRef
+from router.core.fleet import WorkerRef
 from router.core.lifecycle import RequestState
 from router.core.placement import Placement, WaitCause
 from router.core.queue import Entry, TokenQueue
-from router.core.retries import RetryBudget
 from router.gate import Gate
 from router.placer import Placer
 from router.requests import CallLater, Request, RequestKey
@@ -31,7 +28,6 @@ from router.resume import ResumeHandles
 from router.verdicts import (
     Verdict,
     failure_of,
-    given_up,
     no_workers,
     taken_over,
     too_large,
@@ -47,15 +43,6 @@ ABSENCE_S = 60.0  # how long accepted requests wait for a worker to come back wh
 MAX_STALE = 16  # placements in a row that workers may call outdated
 
 
-class Links(Protocol):
-    """The way to the workers. Sending never waits; to a worker that is gone it does nothing."""
-
-    def send(self, ref: WorkerRef, message: worker_pb2.RouterMessage) -> None: ...
-
-    def acknowledge(self, ref: WorkerRef, key: worker_pb2.RequestKey, choice: int, next_index: int) -> None:
-        """Says, soon and together with others, which tokens need not be kept."""
-
-
 class Dispatcher:
     """The queue, the placement and the conversation with workers."""
 
@@ -65,17 +52,18 @@ class Dispatcher:
         queue: TokenQueue[RequestKey],
         gate: Gate,
         placer: Placer,
+        attempts: Attempts,
         links: Links,
         handles: ResumeHandles,
         clock: Callable[[], float],
         call_later: CallLater,
     ) -> None:
         self.queue = queue
-        self.retries = RetryBudget()
         self._absent_since_s: float | None = None
         self._book = book
         self._gate = gate
         self._placer = placer
+        self._attempts = attempts
         self._links = links
         self._handles = handles
         self._clock = clock
@@ -91,7 +79,7 @@ class Dispatcher:
         """Accepts a request that was admitted, or ends it where there is no room or nobody to serve it. `written_on`:
         the worker that may be writing its answer for another router."""
         request.task = task
-        request.demand = _demand(task)
+        request.demand = demand_of(task)
         self._placer.tokens_changed(request)
         if written_on is not None and self._placer.is_here(written_on):
             self._take_over(request, written_on)
@@ -100,7 +88,7 @@ class Dispatcher:
         if failure is not None:
             self._book.end(request, RequestState.FAILED, failure)
             return
-        self.retries.earn()
+        self._attempts.retries.earn()
         request.accepted = messages.accepted(request)
         request.wake()
         head = self.queue.head()
@@ -114,7 +102,7 @@ class Dispatcher:
         self._gate.let_in(request)
         request.accepted = messages.accepted(request)
         request.is_taken_over = True
-        self._dispatch(request, Placement(ref, None, f"{ref.worker_id} writes it for another router"))
+        self._attempts.begin(request, Placement(ref, None, f"{ref.worker_id} writes it for another router"))
         request.wake()
 
     def pump(self) -> None:
@@ -139,8 +127,9 @@ class Dispatcher:
             return True
         decision = request.choice or self._placer.place(request)
         if isinstance(decision, Placement):
+            self._absent_since_s = None
             request.entry = self.queue.take(now)
-            self._dispatch(request, decision)
+            self._attempts.begin(request, decision)
             return True
         if decision.cause is WaitCause.TOO_LARGE:
             self._book.end(request, RequestState.FAILED, too_large(decision))
@@ -158,74 +147,13 @@ class Dispatcher:
             self._absent_since_s = now
         return now - self._absent_since_s
 
-    def _dispatch(self, request: Request, placement: Placement) -> None:
-        self._absent_since_s = None
-        request.attempt += 1
-        self._placer.dispatched(request, placement)
-        request.placement = placement
-        request.lease = request.prefill = None
-        request.replay_asked = request.replay_due = False
-        request.lifecycle.move(RequestState.PLACED, self._clock())
-        logger.info("request %s attempt %d: %s", request.key.request_id, request.attempt, placement.reason)
-        self._reserve(request, placement.decode)
-
-    def _reserve(self, request: Request, ref: WorkerRef) -> None:
-        message = messages.reserve(request, self._remaining_s(request))
-        self._links.send(ref, messages.take_over(request) if request.is_taken_over else message)
-
-    def _requeue(self, request: Request, cause: str) -> None:
-        """Back to its old place in the queue; what the attempt held is returned."""
-        if request.entry is None:
-            raise LookupError(f"{request.key.request_id} was never queued")
-        self._placer.ended(request, cause)
-        if request.lifecycle.state is not RequestState.PLACED:
-            request.lifecycle.move(RequestState.RESUMING, self._clock())
-        request.lifecycle.move(RequestState.QUEUED, self._clock())
-        request.placement = None
-        messages.go_on(request)
-        if request.task is not None and request.has_tokens:
-            request.demand = _demand(request.task)
-            self._placer.tokens_changed(request)
-        self.queue.put_back(request.entry)
-
-    def _recover(self, request: Request, ref: WorkerRef, failure: Failure) -> None:
-        """Makes another attempt, elsewhere if it can be, where there is budget for one."""
-        refusal = self.retries.refusal(request.setbacks, worker_lost=failure.cause == "WORKER_LOST")
-        if refusal is not None:
-            self._book.end(request, RequestState.FAILED, given_up(failure, refusal))
-            return
-        request.failed_on.add(ref)
-        self._move(request, ref, failure)
-
-    def _move(self, request: Request, ref: WorkerRef, failure: Failure) -> None:
-        """Ends the attempt on every worker that it was on; the next one goes on behind the tokens that came."""
-        logger.info(
-            "request %s attempt %d failed in %s: %s; goes on behind %s tokens",
-            request.key.request_id, request.attempt, failure.stage, failure.cause, request.answer.num_tokens,
-        )  # fmt: skip
-        request.num_moves += 1
-        decode = request.placement.decode if request.placement is not None else None
-        request.landed_on = None if ref == decode else decode
-        self._cancel_attempt(request, failure.cause)
-        self._requeue(request, failure.cause)
-
     def _on_ending(self, request: Request, state: RequestState) -> None:
         cause = request.failure.cause if request.failure else state.value
         self._gate.ended(request)
         if state is not RequestState.FINISHED:
-            self._cancel_attempt(request, cause)
+            self._attempts.cancel(request, cause)
         self._placer.ended(request, cause)
         self.pump()
-
-    def _cancel_attempt(self, request: Request, cause: str) -> None:
-        if request.placement is None:
-            return
-        for ref in request.placement.workers:
-            if ref != request.placement.prefill or request.prefill is None:
-                self._links.send(ref, messages.cancel(request, cause))
-
-    def _remaining_s(self, request: Request) -> float:
-        return max(0.0, request.deadline_s - self._clock())
 
     # --- workers -----------------------------------------------------------------------------------------
 
@@ -249,7 +177,7 @@ class Dispatcher:
         if request.replay_due:
             self._ask_for_replay(ref, request)
         if request.placement.prefill is not None:
-            self._start_prefill(request, request.placement.prefill)
+            self._attempts.start_prefill(request, request.placement.prefill)
 
     def on_prefill_finished(self, ref: WorkerRef, message: worker_pb2.PrefillFinished) -> None:
         """The prompt's KV belongs to the decode worker, and the prefill worker has room again."""
@@ -289,8 +217,7 @@ class Dispatcher:
             self._finish_if_complete(request, wait_for_figures=False)
             return
         if request.is_taken_over:
-            request.is_taken_over = False
-            self._requeue(request, error.cause)
+            self._attempts.requeue(request, error.cause)
             self.pump()
             return
         verdict = verdict_on(error, request.lifecycle.state)
@@ -299,22 +226,22 @@ class Dispatcher:
         match verdict:
             case Verdict.NO_ROOM:
                 self._placer.refused(request, self._clock() + REFUSAL_BACKOFF_S)
-                self._requeue(request, error.cause)
+                self._attempts.requeue(request, error.cause)
                 self.pump()
             case Verdict.OUTDATED:
                 # The worker remembers a later attempt from before this router knew the request.
-                self._cancel_attempt(request, "SUPERSEDED")
+                self._attempts.cancel(request, "SUPERSEDED")
                 request.attempt += 1 << request.num_stale
                 request.num_stale += 1
-                self._requeue(request, error.cause)
+                self._attempts.requeue(request, error.cause)
                 self.pump()
             case Verdict.TAKEN_OVER:
                 self._book.end(request, RequestState.CANCELLED, taken_over())
             case Verdict.MOVE:
-                self._move(request, ref, failure_of(error, request.stage))
+                self._attempts.move(request, ref, failure_of(error, request.stage))
                 self.pump()
             case Verdict.RECOVER:
-                self._recover(request, ref, failure_of(error, request.stage))
+                self._attempts.recover(request, ref, failure_of(error, request.stage))
                 self.pump()
             case Verdict.FAIL:
                 self._book.end(request, RequestState.FAILED, failure_of(error, request.stage))
@@ -334,11 +261,11 @@ class Dispatcher:
                 continue
             if ref == request.placement.prefill:
                 if request.lease is not None and request.prefill is None:
-                    self._start_prefill(request, ref)
+                    self._attempts.start_prefill(request, ref)
             elif request.lease is None:
                 # Its tokens may have gone the way that the grant went.
                 request.replay_due = True
-                self._reserve(request, ref)
+                self._attempts.reserve(request, ref)
             elif request.answer.is_complete:
                 for choice, num_tokens in enumerate(request.answer.num_tokens):
                     self._links.acknowledge(ref, request.wire_key, choice, num_tokens)
@@ -354,7 +281,7 @@ class Dispatcher:
             if request.answer.is_complete:
                 self._finish_if_complete(request, wait_for_figures=False)
             elif not self._has_handed_over(request, ref):
-                self._recover(request, ref, worker_lost(ref.worker_id, request.stage, reason))
+                self._attempts.recover(request, ref, worker_lost(ref.worker_id, request.stage, reason))
         self.pump()
 
     # --- one request -------------------------------------------------------------------------------------
@@ -374,10 +301,6 @@ class Dispatcher:
 
     def _on(self, ref: WorkerRef) -> Iterable[Request]:
         return [request for request in self._book.live if request.runs_on(ref)]
-
-    def _start_prefill(self, request: Request, ref: WorkerRef) -> None:
-        sources = self._placer.sources(request)
-        self._links.send(ref, messages.start_prefill(request, self._remaining_s(request), sources))
 
     def _decoding(self, request: Request) -> None:
         if request.lifecycle.state is RequestState.PREFILLING:
@@ -424,13 +347,3 @@ class Dispatcher:
                 )
             return
         self._book.end(request, RequestState.FINISHED)
-
-
-def _demand(task: worker_pb2.GenerationTask) -> Demand:
-    num_prompt_tokens = len(task.prompt_token_ids)
-    so_far = max((len(known.token_ids) for known in task.so_far), default=0)
-    return Demand(
-        num_prompt_tokens=num_prompt_tokens + so_far,
-        max_total_tokens=num_prompt_tokens + task.sampling.max_tokens,
-        num_choices=task.sampling.n,
-    )

@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+from router.attempts import Attempts
 from router.auth import ApiKeys, Authenticator, OpenDoor, cluster_token
 from router.book import RequestBook
 from router.cluster_service import ClusterServicer
@@ -156,7 +157,10 @@ class RouterServer:
         placer = Placer(placement, feed, KeyRoots(config.cluster_secret), loop.time)
         gate = Gate(queue, TenantLimits(config.tenants), Shedder(config.slo_ttft_s), placer, loop.time)
         handles = ResumeHandles(config.cluster_secret)
-        dispatcher = Dispatcher(book, queue, gate, placer, switchboard, handles, loop.time, loop.call_later)
+        attempts = Attempts(book, queue, placer, switchboard, loop.time)
+        dispatcher = Dispatcher(
+            book, queue, gate, placer, attempts, switchboard, handles, loop.time, loop.call_later
+        )
         readiness_changed = asyncio.Event()
         membership = self._membership(switchboard, placement, dispatcher, feed, readiness_changed.set)
         limits = self._model.limits(self._tokenizer.vocab_size)
@@ -173,7 +177,7 @@ class RouterServer:
                 membership,
                 book,
                 queue,
-                dispatcher.retries,
+                attempts.retries,
                 feed,
                 loop.time,
             ),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import worker_pb2
+from router.attempts import Attempts
 from router.book import RequestBook
 from router.config import RouterConfig
 from router.core.answer import Answer
@@ -217,9 +218,10 @@ class Cluster:
         placer = Placer(self.placement, IndexFeed(), KeyRoots(CONFIG.cluster_secret), clock)
         self.limits = TenantLimits({})
         gate = Gate(self.queue, self.limits, Shedder(), placer, clock)
+        attempts = Attempts(self.book, self.queue, placer, self, clock)
         handles = ResumeHandles(CONFIG.cluster_secret)
         self.dispatcher = Dispatcher(
-            self.book, self.queue, gate, placer, self, handles, clock, self.timers.call_later
+            self.book, self.queue, gate, placer, attempts, self, handles, clock, self.timers.call_later
         )
         self.workers: dict[WorkerRef, FakeWorker] = {}
         self.attachments: list[Attachment] = []
