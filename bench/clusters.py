@@ -16,6 +16,8 @@ from headrace import Client
 from kvtransfer.tiers.client import StoreClient
 from kvtransfer.tiers.store_types import DISK
 
+HANDED_OVER = ", policy: least-loaded"
+"""What is measured is prompts that are handed over; by cost short ones would not be."""
 _HEAD = """
 version: 1
 name: bench-{name}
@@ -60,7 +62,7 @@ def split(disk: str = "", precision: str = "auto") -> LoadedProfile:
     tiers = f"kvtransfer: {{tiers: {{host: 512MiB, disk: {{path: {disk}, size: 2GiB}}}}}}\n" if disk else ""
     sections = "prefill: {replicas: 1}\ndecode: {replicas: 1, max_drafts: 0}\n"
     return parse_profile(
-        _HEAD.format(name="1p1d", precision=precision, router="") + sections + tiers, "bench"
+        _HEAD.format(name="1p1d", precision=precision, router=HANDED_OVER) + sections + tiers, "bench"
     )
 
 

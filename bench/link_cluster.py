@@ -67,7 +67,12 @@ def _cluster(link: Link, directory: Path, codec: str) -> Iterator[str]:
         (
             link.receiver_prefix,
             RouterConfig(
-                router_id="router-0", model_name=MODEL, listen=router, max_context=MAX_CONTEXT, **common
+                router_id="router-0",
+                policy="least-loaded",
+                model_name=MODEL,
+                listen=router,
+                max_context=MAX_CONTEXT,
+                **common,
             ),
         ),
         *(

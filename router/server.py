@@ -209,7 +209,7 @@ class RouterServer:
             placement,
             dispatcher,
             feed,
-            Canaries(config.canary_timeout_s, Random(self.epoch)),
+            Canaries(config.canary_timeout_s, Random(self.epoch), config.fidelity),
             self._tokenizer.digest,
             clock,
             on_change,

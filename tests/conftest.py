@@ -19,7 +19,7 @@ name: test-laptop
 model: {path: smollm2-135m-instruct, max_context: 4096}
 prefill: {replicas: 1, kv_memory: 1GiB}
 decode: {replicas: 1, kv_memory: 2GiB}
-router: {grpc: "127.0.0.1:0"}
+router: {grpc: "127.0.0.1:0", policy: least-loaded}  # every prompt is handed over, short ones too
 """
 
 

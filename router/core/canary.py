@@ -57,10 +57,12 @@ class _Newcomer:
 
 
 class Canaries:
-    """The trials of all newcomers, one at a time each. `timeout_s`: of one trial; 0: everybody is ready at once."""
+    """The trials of all newcomers, one at a time each. `timeout_s`: of one trial; 0: everybody is ready at once.
+    `fidelity`: what requests may get, since workers that store other dtypes may move nothing that is exact."""
 
-    def __init__(self, timeout_s: float, random: Random) -> None:
+    def __init__(self, timeout_s: float, random: Random, fidelity: str = "exact") -> None:
         self._timeout_s = timeout_s
+        self._fidelity = fidelity
         self._random = random
         self._newcomers: dict[WorkerRef, _Newcomer] = {}
         self._trials: dict[str, _Newcomer] = {}  # by request id
@@ -225,7 +227,7 @@ class Canaries:
         return worker_pb2.GenerationTask(
             prompt_token_ids=[self._random.randrange(newcomer.vocab_size) for _ in range(num_tokens)],
             sampling=sampling,
-            fidelity="exact",
+            fidelity=self._fidelity,
         )
 
     def _of(self, key: worker_pb2.RequestKey) -> _Newcomer | None:

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from headrace import AsyncClient, Cancelled, Client, DeadlineExceeded, FinishReason
+from headrace import AsyncClient, Cancelled, Client, DeadlineExceeded, FinishReason, ResourceExhausted
 from headrace.v1.cluster_pb2 import WorkerStatus
 from headrace.v1.worker_pb2 import WORKER_STATE_SERVING
 from tests.real_prompts import real_prompts
@@ -71,6 +71,9 @@ async def request(client: AsyncClient, prompt: str, kind: str, wait_s: float) ->
         return "cancelled"
     except DeadlineExceeded:
         return "deadline"
+    except ResourceExhausted as refused:
+        # What could not have its first token in time is refused at arrival.
+        return "deadline" if refused.cause == "PREDICTED_LATE" and kind == "deadline" else refused.cause
     finally:
         await asyncio.gather(*tasks)
     return "cancelled" if answer.finish_reason is FinishReason.CANCELLED else "finished"

@@ -16,6 +16,7 @@ from tests.e2e.test_equality import cluster_answers, colocated_answers
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 DEMO = Path(__file__).parents[2] / "deploy" / "profiles" / "deepseek-v4-tiny.yaml"
+HANDED_OVER = "127.0.0.1:0\n  policy: least-loaded"  # by cost, short prompts would not be
 TEXT = "A headrace carries the stored water to the turbine, and this one carries the cache. "
 LENGTHS = [1, 4, 127, 128, 129, 300, 515]
 
@@ -26,7 +27,7 @@ def deepseek_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     try:
         prepared = home.run("model", "prepare", "deepseek-v4-tiny")
         assert prepared.returncode == 0, prepared.stderr
-        started = home.up(DEMO.read_text().replace("127.0.0.1:8460", "127.0.0.1:0"))
+        started = home.up(DEMO.read_text().replace("127.0.0.1:8460", HANDED_OVER))
         assert started.returncode == 0, started.stderr
         yield home
     finally:

@@ -20,7 +20,7 @@ name: precisions
 model: {path: smollm2-135m-instruct, precision: PRECISION, max_context: 2048}
 prefill: {kv_memory: 256MiB, chunk: 128}
 decode: {kv_memory: 256MiB}
-router: {grpc: "127.0.0.1:0"}
+router: {grpc: "127.0.0.1:0", policy: least-loaded}  # every prompt is handed over
 """
 MOST_TOKENS = 700
 EVERY = 3  # of the real prompts

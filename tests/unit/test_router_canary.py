@@ -69,6 +69,12 @@ def test_a_block_travels_from_prefill_to_decode_before_a_newcomer_is_ready(newco
     assert trials.let_in() == [newcomer.ref] and trials.let_in() == []
 
 
+def test_a_trial_may_be_as_lossy_as_requests() -> None:
+    trials = Canaries(10.0, Random(0), fidelity="near")
+    ((_, message),) = trials.joined(P, 300, [D], 0.0)
+    assert message.reserve.task.fidelity == "near"
+
+
 @pytest.mark.parametrize(
     "others",
     [
