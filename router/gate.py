@@ -95,6 +95,7 @@ class Gate:
             self._queue.ahead(request.key.tenant, request.priority, weight),
             self._queue.service_rate,
             self._predicted_s(request),
+            self._placer.predict_ttft_s(request, idle=True),
             priority=request.priority,
         )
         shed = self._shedder.judge(forecast, request.deadline_s - now)

@@ -47,11 +47,12 @@ class Placer:
             request.demand, now, self._cached(request, now), request.failed_on, request.landed_on
         )
 
-    def predict_ttft_s(self, request: Request) -> float | None:
-        """From placement to the first token, as workers stand; None while that is unknown."""
+    def predict_ttft_s(self, request: Request, idle: bool = False) -> float | None:
+        """From placement to the first token, as workers stand, or as if no prompt were ahead; None while that is
+        unknown."""
         now = self._clock()
         assert request.demand is not None
-        return self._placement.predict_ttft_s(request.demand, now, self._cached(request, now))
+        return self._placement.predict_ttft_s(request.demand, now, self._cached(request, now), idle)
 
     def dispatched(self, request: Request, placement: Placement) -> None:
         """The next attempt goes there: it is charged, and its prompt counts as cached there from now on."""

@@ -38,6 +38,7 @@ class Query:
     avoid_decode: Set[int] = NOBODY
     avoid_prefill: Set[int] = NOBODY
     regardless: bool = False
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,8 @@ class _Decision:
         table, figures, model = self.decoders, self.figures, self.rules.model
         num_choices = self.query.demand.num_choices
         self.step_s, self.itl_s = model.step_and_itl_s(figures, table, num_choices, self.num_blocks)
-        self.own_s = table.tokens_ahead * figures.decode_s_per_token
+        own_s: Floats = table.tokens_ahead * figures.decode_s_per_token
+        self.own_s = np.zeros_like(own_s) if self.query.idle else own_s
         self.decode_lacking = self.num_tokens - self.decode_cached
         self.untransferred = self.decode_lacking
         prefer = self.query.prefer
@@ -180,7 +182,9 @@ class _Decision:
         table, figures = self.prefillers, self.figures
         if self.decoders.workers[decoder].facts.role is Role.BOTH and table.num_both:
             may_prefill = may_prefill & (table.is_both == 0)
-        queue_s = table.tokens_ahead * figures.prefill_s_per_token
+        queue_s: Floats = table.tokens_ahead * figures.prefill_s_per_token
+        if self.query.idle:
+            queue_s = np.zeros_like(queue_s)
         compute_s = self.prefill_lacking * figures.prefill_s_per_token
         s_per_byte, fixed_s = self._links_into(decoder)
         num_bytes = self.untransferred.item(decoder) * figures.decode_kv_bytes.item(decoder)

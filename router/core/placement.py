@@ -258,14 +258,15 @@ class PlacementState(Generic[K]):
         return decision
 
     def predict_ttft_s(
-        self, demand: Demand, now: float, cached: Sequence[tuple[int, int]] = ()
+        self, demand: Demand, now: float, cached: Sequence[tuple[int, int]] = (), idle: bool = False
     ) -> float | None:
-        """Seconds to the first token on the best workers, behind what is charged to them and nothing else.
+        """Seconds to the first token on the best workers, behind what is charged to them and nothing else; with `idle`,
+        as if no prompt were ahead.
 
         None if no worker in touch could take the request, or nothing was measured yet.
         """
         query = self._query(demand, now, cached, None)
-        query.regardless = True
+        query.regardless, query.idle = True, idle
         decision = self._decide(query)
         return decision.predicted_ttft_s if isinstance(decision, Placement) else None
 
