@@ -17,12 +17,18 @@ from tests.unit.test_router_placer import Fleet
 pytestmark = pytest.mark.unit
 
 
+class BusyOnce(TokenQueue[RequestKey]):
+    """A queue that has drained 10,000 tokens a second, when there was something to drain."""
+
+    service_rate = 10_000.0
+
+
 class Door:
     """A gate before a fleet with one prefill and one decode worker, at time 0."""
 
     def __init__(self, slo_ttft_s: float | None = None, **tenants: Tenant) -> None:
         self.fleet = Fleet()
-        self.queue: TokenQueue[RequestKey] = TokenQueue(1000)
+        self.queue: TokenQueue[RequestKey] = BusyOnce(1000)
         self.limits = TenantLimits(tenants)
         self.shedder = Shedder(slo_ttft_s)
         self.gate = Gate(self.queue, self.limits, self.shedder, self.fleet.placer, lambda: 0.0)
@@ -84,7 +90,7 @@ def test_priorities_are_capped_by_what_the_tenant_may_ask_for() -> None:
 
 def test_idle_workers_refuse_nobody_for_the_service_level_whatever_was_learned() -> None:
     """Predictions that were far too low, under load that is gone, must not keep everybody out for ever."""
-    door = Door(slo_ttft_s=0.5)
+    door = Door(slo_ttft_s=0.3)
     door.staff()
     for _ in range(200):  # each took twenty times as long as predicted
         forecast = door.shedder.forecast(100, door.queue.ahead("t"), 1000.0, placed_s=0.4, idle_s=0.1)
