@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3
 IDLE_CHECK_S = 1.0
 NO_ROOM_WAIT_S = 0.005
+COLD_STEPS = 3
 _AVERAGE_WEIGHT = 0.1
 
 
@@ -52,8 +53,11 @@ class EngineCounters:
     """Guesses at tokens that were computed."""
     drafts_kept: int = 0
     """Those that were the tokens drawn."""
+    decode_steps: int = 0
+    """Steps that only decode."""
     decode_step_s: float = 0.0
-    """Moving average over steps that only decode."""
+    """Their moving average, without the first cold ones: a router would pass over a worker for good that seems slow, and
+    so never shows that it is not."""
     decoding: bool = False
     """Whether the last step wrote answers."""
 
@@ -136,7 +140,10 @@ class EngineThread:
         self.counters.drafts += result.num_drafts
         self.counters.drafts_kept += result.num_drafts_kept
         self.counters.decoding = result.num_decode_rows > 0
-        if result.num_decode_rows and not result.num_prefill_tokens:
+        if not result.num_decode_rows or result.num_prefill_tokens:
+            return
+        self.counters.decode_steps += 1
+        if self.counters.decode_steps > COLD_STEPS:
             average = self.counters.decode_step_s or result.step_s
             self.counters.decode_step_s = average + _AVERAGE_WEIGHT * (result.step_s - average)
 
