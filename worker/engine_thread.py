@@ -56,8 +56,8 @@ class EngineCounters:
     decode_steps: int = 0
     """Steps that only decode."""
     decode_step_s: float = 0.0
-    """Their moving average, without the first cold ones: a router would pass over a worker for good that seems slow, and
-    so never shows that it is not."""
+    """Their moving average, without the first cold ones: a router would pass over a worker that seems slow, which so
+    could never show that it is not."""
     decoding: bool = False
     """Whether the last step wrote answers."""
 
