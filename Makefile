@@ -46,8 +46,8 @@ test: model  ## lint and the tests that fit in about fourteen minutes on two cor
 test-all: model  ## also the long ones
 	@$(BIN)/python -m pytest
 
-chaos: model  ## cancellations, deadlines and killed workers, the long version
-	@$(BIN)/python -m pytest tests/chaos
+chaos: model  ## cancellations, deadlines, killed workers and a rolling restart, the long version
+	@$(BIN)/python -m pytest tests/chaos tests/e2e/test_killed_worker.py tests/e2e/test_rolling_restart.py
 
 chaos-long: model  ## 200 random faults on a 2P2D cluster, token for token (about three quarters of an hour; CHAOS="--seed 7 --resume FILE")
 	@$(BIN)/headrace bench chaos $(CHAOS)

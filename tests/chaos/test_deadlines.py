@@ -93,7 +93,7 @@ def router_process(model_dir: Path, address: str) -> Iterator[None]:
 # --- deadlines -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_requests", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_requests", [250, pytest.param(1000, marks=pytest.mark.slow)])
 def test_each_request_ends_by_its_deadline_or_has_finished_before_it(
     cluster: Cluster, num_requests: int
 ) -> None:
@@ -185,7 +185,7 @@ class ChunkGate:
 
 
 @pytest.mark.parametrize("way", ["cancel", "hang up", "deadline"])
-@pytest.mark.parametrize("held_chunk", [1, 2, NUM_CHUNKS // 2, NUM_CHUNKS - 1])
+@pytest.mark.parametrize("held_chunk", [1, NUM_CHUNKS - 1])
 def test_prefill_stops_with_the_chunk_in_which_it_was_cancelled(
     cluster: Cluster, way: str, held_chunk: int
 ) -> None:

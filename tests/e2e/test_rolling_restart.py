@@ -10,7 +10,7 @@ import pytest
 from headrace import AsyncClient, Client, RetryPolicy
 from tests.e2e.conftest import Home
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 PROFILE = """
 version: 1
