@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -166,6 +166,24 @@ class Piece:
         return self.plane == other.plane and all(
             one.start < two.stop and two.start < one.stop for one, two in pairs
         )
+
+    def without(self, other: Piece) -> list[Piece]:
+        """What of this box is not in the other one, as boxes that do not overlap."""
+        if not self.overlaps(other):
+            return [self]
+        rest, box = list[Piece](), self
+        for axis in ("layers", "heads", "entries"):
+            one, two = getattr(box, axis), getattr(other, axis)
+            inner = range(max(one.start, two.start), min(one.stop, two.stop))
+            for outer in (range(one.start, inner.start), range(inner.stop, one.stop)):
+                if outer:
+                    rest.append(box._with(axis, outer))
+            box = box._with(axis, inner)
+        return rest
+
+    def _with(self, axis: str, along: range) -> Piece:
+        changed: dict[str, Any] = {axis: along}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,12 +67,14 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """Leave to write one frame; `end_landing` must follow, whatever happens. `start_token` and `fidelity` bound it."""
+    """Leave to write one frame; `end_landing` must follow, whatever happens. `start_token` and `fidelity` bound it;
+    `order` counts the landings of its lease."""
 
     lease_id: bytes
     number: int
     start_token: int
     fidelity: int = 0
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +149,10 @@ class Lease:
     start_token: int = 0
     landed: dict[int, tuple[FrameRecord, Piece]] = field(default_factory=dict)
     landing: set[int] = field(default_factory=set)
-    spoiled: dict[int, Piece] = field(default_factory=dict)
-    """By number, frames that were written, or may have been in part, and did not land."""
+    num_landings: int = 0
+    spoiled: list[tuple[int, Piece]] = field(default_factory=list)
+    """Where frames were written, or may have been in part, that did not land, and how many landings had begun by then;
+    without what a later frame was written over."""
 
     @property
     def expires_at(self) -> float:

@@ -200,9 +200,10 @@ class LeaseTable:
         if number in lease.landing:
             return Refused(Refusal.FRAME_LANDING, f"frame {number} is being written", lease.state)
         lease.landing.add(number)
+        lease.num_landings += 1
         lease.state = LeaseState.FILLING
         lease.renewed_at = self._clock()
-        return Landing(lease.lease_id, number, lease.start_token, lease.fidelity)
+        return Landing(lease.lease_id, number, lease.start_token, lease.fidelity, lease.num_landings)
 
     def end_landing(
         self, landing: Landing, record: FrameRecord, piece: Piece, *, landed: bool, fidelity: int = 0
@@ -214,9 +215,13 @@ class LeaseTable:
         if landed and lease.state.is_open:
             lease.landed[landing.number] = (record, piece)
             lease.landed_fidelity = max(lease.landed_fidelity, fidelity)
-            lease.spoiled.pop(landing.number, None)
+            lease.spoiled = [
+                (ended_at, left)
+                for ended_at, spoiled in lease.spoiled
+                for left in ([spoiled] if ended_at >= landing.order else spoiled.without(piece))
+            ]
         else:
-            lease.spoiled[landing.number] = piece
+            lease.spoiled.append((lease.num_landings, piece))
         self._note_reclaimable(lease)
         self.version += 1
         return lease.state
@@ -324,7 +329,7 @@ class LeaseTable:
             return ()
         numbers = list(takewhile(lease.landed.__contains__, count()))
         pieces = tuple(lease.landed.pop(number)[1] for number in numbers)
-        others = [*lease.spoiled.values(), *(piece for _, piece in lease.landed.values())]
+        others = [*(piece for _, piece in lease.spoiled), *(piece for _, piece in lease.landed.values())]
         lease.landed.clear()
         lease.spoiled.clear()
         is_sound = not any(piece.overlaps(other) for other in others for piece in pieces)
@@ -431,7 +436,7 @@ def _closed(lease: Lease) -> Refused:
 def _is_written_over(lease: Lease) -> bool:
     """Whether a frame that did not land was written to where another one did."""
     pieces = [piece for _, piece in lease.landed.values()] if lease.spoiled else []
-    return any(piece.overlaps(spoiled) for spoiled in lease.spoiled.values() for piece in pieces)
+    return any(piece.overlaps(spoiled) for _, spoiled in lease.spoiled for piece in pieces)
 
 
 def _commit_outcome(lease: Lease) -> Outcome:

@@ -226,7 +226,7 @@ class LinkEstimate:
         self._num_unproven += 1
         if self._num_unproven > self._patience:
             known = max(known, min(known * CREEP, at_least * MAX_GUESS))
-        self._bytes_per_s = max(at_least, known)
+        self._bytes_per_s = min(MAX_BYTES_PER_S, max(at_least, known))
 
     def _rate_of(self, frames: Sequence[FrameTiming]) -> float:
         return _rate(frames, sum(min(f.trip_s - self._round_trip_s, f.apart_s) for f in frames))

@@ -204,3 +204,24 @@ def test_leading_tokens_are_those_of_which_every_part_landed(
                 entries += 1
             expected = min(expected, max(start, entries * size))
     assert leading_tokens(layout, landed, start, num_tokens) == expected
+
+
+boxes = st.builds(
+    lambda layers, heads, entries: Piece("k", range(*layers), range(*heads), range(*entries)),
+    *[
+        st.tuples(st.integers(0, 4), st.integers(1, 3)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+        for _ in range(3)
+    ],
+)
+
+
+def records(piece: Piece) -> set[tuple[int, int, int]]:
+    return {(layer, head, entry) for layer in piece.layers for head in piece.heads for entry in piece.entries}
+
+
+@given(boxes, boxes)
+def test_a_box_without_another_is_what_is_left_of_it(one: Piece, other: Piece) -> None:
+    rest = one.without(other)
+    assert set().union(*(records(piece) for piece in rest)) == records(one) - records(other)
+    assert sum(len(records(piece)) for piece in rest) == len(records(one) - records(other))
+    assert one.overlaps(other) == bool(records(one) & records(other))

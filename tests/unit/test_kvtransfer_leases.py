@@ -289,6 +289,27 @@ def test_nothing_is_committed_or_kept_that_something_else_was_written_over() -> 
     assert desk.table.take_landed(desk.grant.lease_id) == ()
 
 
+def test_what_was_written_before_a_frame_that_landed_over_it_does_not_matter() -> None:
+    desk = Desk()
+    landing = desk.table.begin_landing(desk.ref, 7, RECORD)
+    assert isinstance(landing, Landing)
+    desk.table.end_landing(landing, RECORD, PIECE, landed=False)
+    desk.land(0)
+    desk.commit()
+
+
+def test_what_may_have_been_written_while_a_frame_landed_does() -> None:
+    desk = Desk()
+    stray = desk.table.begin_landing(desk.ref, 7, RECORD)
+    assert isinstance(stray, Landing)
+    good = desk.table.begin_landing(desk.ref, 0, RECORD)
+    assert isinstance(good, Landing)
+    desk.table.end_landing(stray, RECORD, PIECE, landed=False)
+    desk.table.end_landing(good, RECORD, PIECE, landed=True)
+    refused = desk.table.check_commit(desk.ref, {0: RECORD})
+    assert isinstance(refused, Refused) and refused.refusal is Refusal.MANIFEST_MISMATCH
+
+
 def test_what_landed_without_a_gap_is_taken_once_of_a_lease_that_is_over() -> None:
     desk = Desk()
     for number, piece in ((0, PIECE), (2, OTHER_PIECE)):
