@@ -38,7 +38,7 @@ up: model  ## start the laptop profile and leave it running
 down: $(STAMP)  ## stop what `make up` started
 	@$(BIN)/headrace down
 
-test: model  ## lint and the tests that fit in about fourteen minutes on two cores
+test: model  ## lint and the tests that fit in about sixteen minutes on two cores
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m '(unit or integration) and not slow'
 	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow'
