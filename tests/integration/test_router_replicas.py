@@ -141,8 +141,8 @@ def test_answers_go_on_at_the_other_router_when_theirs_is_killed(
     with cluster(model_dir, addresses) as (prefill, decode, processes):
         answers = asyncio.run(disturbed(decode, processes))
         assert [len(answer) for answer in answers] == [NUM_TOKENS] * 4
-        expected = 4 if resumable else 8
-        assert num_granted(decode) == len(addresses) + expected, "taken over, or else made anew"
+        num_leases = num_granted(decode) - len(addresses)
+        assert num_leases == 4 if resumable else num_leases >= 8, "taken over, or else made anew"
         assert_nothing_held(prefill, decode)
     with cluster(model_dir, addresses) as (_, decode, _):
         assert answers == asyncio.run(undisturbed())
