@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import grpc
 
 from cluster.errors import ClusterError
-from cluster.readiness import CALL_TIMEOUT_S, POLL_INTERVAL_S
+from cluster.readiness import CALL_TIMEOUT_S, POLL_INTERVAL_S, status_of
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc
 from headrace.v1.worker_pb2 import (
     WORKER_STATE_GONE,
@@ -81,25 +81,27 @@ class Drain:
 
 
 class Operator:
-    """Asks the router at `address` about its workers, and passes orders on to them."""
+    """Asks a router about its workers and requests, and passes orders on to workers."""
 
     def __init__(self, channel: grpc.Channel, cluster_secret: bytes) -> None:
+        self._channel = channel
+        self._cluster_secret = cluster_secret
         self._stub = cluster_pb2_grpc.ClusterStub(channel)
         self._metadata = cluster_metadata(cluster_secret)
 
     def workers(self) -> dict[str, cluster_pb2.WorkerStatus]:
         """By id, as the router knows them. Raises grpc.RpcError."""
-        status = self._stub.Status(
-            cluster_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S, metadata=self._metadata
-        )
+        status = status_of(self._channel, self._cluster_secret)
         return {worker.hello.worker_id: worker for worker in status.workers}
 
     def worker(self, worker_id: str) -> cluster_pb2.WorkerStatus:
         """One of them. Raises ClusterError where there is none of that name, and grpc.RpcError."""
-        workers = self.workers()
-        if worker_id not in workers:
-            raise ClusterError(f"there is no worker {worker_id!r}; there are {', '.join(sorted(workers))}")
-        return workers[worker_id]
+        return named(self.workers(), worker_id)
+
+    def explain(self, tenant: str, request_id: str) -> cluster_pb2.ExplainResponse:
+        """Why a tenant's request was placed where it was. Raises grpc.RpcError."""
+        request = cluster_pb2.ExplainRequest(request_id=request_id, tenant=tenant)
+        return self._stub.Explain(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
 
     def order(self, worker_id: str, state: WorkerState) -> None:
         """Ask a worker to go there. Raises grpc.RpcError."""
@@ -128,6 +130,13 @@ class Operator:
             if silent_since is not None and now - silent_since > PATIENCE_S:
                 raise ClusterError(problem)
             time.sleep(POLL_INTERVAL_S)
+
+
+def named(workers: Mapping[str, cluster_pb2.WorkerStatus], worker_id: str) -> cluster_pb2.WorkerStatus:
+    """One of the workers. Raises ClusterError where there is none of that name."""
+    if worker_id not in workers:
+        raise ClusterError(f"there is no worker {worker_id!r}; there are {', '.join(sorted(workers))}")
+    return workers[worker_id]
 
 
 @contextmanager

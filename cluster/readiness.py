@@ -20,10 +20,14 @@ POLL_INTERVAL_S = 0.2
 def fetch_status(router_address: str, cluster_secret: bytes) -> cluster_pb2.StatusResponse:
     """What the cluster is and does now. Raises grpc.RpcError."""
     with grpc.insecure_channel(router_address) as channel:
-        stub = cluster_pb2_grpc.ClusterStub(channel)
-        return stub.Status(
-            cluster_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S, metadata=cluster_metadata(cluster_secret)
-        )
+        return status_of(channel, cluster_secret)
+
+
+def status_of(channel: grpc.Channel, cluster_secret: bytes) -> cluster_pb2.StatusResponse:
+    """The same over a channel that is open already. Raises grpc.RpcError."""
+    return cluster_pb2_grpc.ClusterStub(channel).Status(
+        cluster_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S, metadata=cluster_metadata(cluster_secret)
+    )
 
 
 def wait_until_serving(
@@ -52,9 +56,7 @@ def wait_until_serving(
 
 def _missing(channel: grpc.Channel, cluster_secret: bytes, workers: Collection[str]) -> str:
     """What is not there yet; empty when all is."""
-    status = cluster_pb2_grpc.ClusterStub(channel).Status(
-        cluster_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S, metadata=cluster_metadata(cluster_secret)
-    )
+    status = status_of(channel, cluster_secret)
     seen = {worker.hello.worker_id: worker for worker in status.workers}
     for worker_id in sorted(workers):
         worker = seen.get(worker_id)

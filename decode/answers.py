@@ -39,7 +39,7 @@ class ChoiceAnswer:
         """`hidden_token_ids` end the answer when drawn as its last, and are then not shown as text. `keeps_all`: also
         tokens that were acknowledged."""
         self.choice = choice
-        self.keeps_all = keeps_all
+        self._keeps_all = keeps_all
         self.finished: inference_pb2.ChoiceFinished | None = None
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._scanner = StopScanner(stops)
@@ -68,7 +68,7 @@ class ChoiceAnswer:
             self._finish(FinishReason.STOP)
         self._next_sent = len(token_ids)
         self._finish_sent = ended
-        if not self.keeps_all:
+        if not self._keeps_all:
             self._kept.clear()
             self._first_kept = len(token_ids)
 
@@ -125,7 +125,7 @@ class ChoiceAnswer:
     def acknowledge(self, next_index: int) -> None:
         """Forget tokens before `next_index`; the router has them."""
         next_index = min(next_index, self._next_sent)
-        if next_index > self._first_kept and not self.keeps_all:
+        if next_index > self._first_kept and not self._keeps_all:
             del self._kept[: next_index - self._first_kept]
             self._first_kept = next_index
 
@@ -154,6 +154,8 @@ class Answer:
         goes_on = any(known.token_ids for known in task.so_far)
         keeps_all = task.resumable and not (goes_on and task.sampling.HasField("logprobs"))
         self.key = key
+        self.is_whole = keeps_all
+        """Whether every token from the first on is kept."""
         self.choices = [
             ChoiceAnswer(choice, tokenizer, task.sampling.stop, hidden, keeps_all)
             for choice in range(task.sampling.n or 1)
@@ -188,8 +190,3 @@ class Answer:
         pairs = zip(self.choices, next_index, strict=True)
         rewound = [choice.rewind(index) for choice, index in pairs]
         return all(rewound)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every token from the first on is kept."""
-        return all(choice.keeps_all for choice in self.choices)

@@ -25,7 +25,7 @@ from worker.facts import identity_digest
 from worker.link import RouterLink
 from worker.prefixes import Brought, PrefixFetch
 from worker.service import WorkerContext
-from worker.wire import drafting_to_wire, first_tokens_to_wire, sampling_params, so_far_of
+from worker.wire import drafting_to_wire, first_tokens_to_wire, sampling_params
 
 
 class Phase(StrEnum):
@@ -49,9 +49,9 @@ class Prompt:
     deadline: float
     bound: int
     push: Pusher
+    so_far: SoFar
+    token_ids: Sequence[int]
     sampling: SamplingParams = field(init=False)
-    so_far: SoFar = field(init=False)
-    token_ids: Sequence[int] = field(init=False)
     generation: int = field(init=False)
     phase: Phase = Phase.WAITING
     fetch: PrefixFetch | None = None
@@ -65,8 +65,6 @@ class Prompt:
     def __post_init__(self) -> None:
         """Take the prompt out of the message once."""
         self.sampling = sampling_params(self.message.task)
-        self.so_far = so_far_of(self.message.task)
-        self.token_ids = self.so_far.head(self.message.task.prompt_token_ids)
         self.generation = self.link.generation
 
     @property
@@ -118,17 +116,17 @@ def wire_layout(layout: CacheLayout, kv_dtypes: Sequence[str], bound: int) -> Ca
 def open_push(
     message: worker_pb2.StartPrefill,
     lease_id: bytes,
+    num_tokens: int,
     bound: int,
     context: WorkerContext,
     channel: grpc.Channel,
 ) -> Pusher:
-    """Begin to push into the decode worker's lease, behind the prefix that it holds.
+    """Begin to push `num_tokens` tokens into the decode worker's lease, behind the prefix that it holds.
 
     The push keeps that lease alive from now on, also while the prompt waits for room here. Raises CannotConvert.
     """
     lease, kv, layout = message.lease, context.kv, context.engine.layout
     wire = wire_layout(layout, lease.kv_dtypes, bound)
-    num_tokens = len(message.task.prompt_token_ids) + so_far_of(message.task).num_shared
     missing_tokens = num_tokens - lease.cached_tokens
     return PushSession(
         channel=channel,

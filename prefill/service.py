@@ -36,7 +36,7 @@ from worker.link import RouterLink
 from worker.prefix_sources import Holder, Wanted, pushes_to
 from worker.prefixes import Brought
 from worker.service import WorkerContext
-from worker.wire import MalformedTask, check_task, failure
+from worker.wire import MalformedTask, check_task, failure, so_far_of
 
 logger = logging.getLogger(__name__)
 
@@ -120,16 +120,18 @@ class PrefillService:
     def _open(self, link: RouterLink, message: worker_pb2.StartPrefill, lease_id: bytes) -> Prompt | None:
         bound = strictest((self._context.config.fidelity, message.task.fidelity)).rank
         deadline = self._context.clock() + message.remaining_s
+        so_far = so_far_of(message.task)
+        token_ids = so_far.head(message.task.prompt_token_ids)
         channel = self._channels.acquire(*peer_of(message))
         try:
-            push = open_push(message, lease_id, bound, self._context, channel)
+            push = open_push(message, lease_id, len(token_ids), bound, self._context, channel)
         except CannotConvert as error:
             self._channels.release(*peer_of(message))
             self._leases.release(lease_id, "DTYPE_MISMATCH")
             link.send(failure(message.key, "prefill", "DTYPE_MISMATCH", str(error)))
             return None
         self._leases.hold(lease_id)
-        return Prompt(message, link, lease_id, deadline, bound, push)
+        return Prompt(message, link, lease_id, deadline, bound, push, so_far, token_ids)
 
     def _refusal(self, message: worker_pb2.StartPrefill) -> worker_pb2.WorkerMessage | None:
         if not self._context.accepts_new():

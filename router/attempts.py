@@ -64,8 +64,10 @@ class Attempts:
 
     def reserve(self, request: Request, ref: WorkerRef) -> None:
         """Asks the decode worker for a lease, or for the answer that it writes already."""
-        message = messages.reserve(request, self._remaining_s(request))
-        self._links.send(ref, messages.take_over(request) if request.is_taken_over else message)
+        if request.is_taken_over:
+            self._links.send(ref, messages.take_over(request))
+        else:
+            self._links.send(ref, messages.reserve(request, self._remaining_s(request)))
 
     def requeue(self, request: Request, cause: str) -> None:
         """Back to its old place in the queue; what the attempt held is returned."""
@@ -77,8 +79,8 @@ class Attempts:
         request.lifecycle.move(RequestState.QUEUED, self._clock())
         request.placement = None
         request.is_taken_over = False
-        messages.go_on(request)
         if request.task is not None and request.has_tokens:
+            messages.go_on(request.task, request.answer)
             request.demand = demand_of(request.task)
             self._placer.tokens_changed(request)
         self._queue.put_back(request.entry)
@@ -112,13 +114,13 @@ class Attempts:
             if ref != request.placement.prefill or request.prefill is None:
                 self._links.send(ref, messages.cancel(request, cause))
 
-    def _remaining_s(self, request: Request) -> float:
-        return max(0.0, request.deadline_s - self._clock())
-
     def start_prefill(self, request: Request, ref: WorkerRef) -> None:
         """Has the prompt computed, for the lease that was granted."""
         sources = self._placer.sources(request)
         self._links.send(ref, messages.start_prefill(request, self._remaining_s(request), sources))
+
+    def _remaining_s(self, request: Request) -> float:
+        return max(0.0, request.deadline_s - self._clock())
 
 
 def demand_of(task: worker_pb2.GenerationTask) -> Demand:

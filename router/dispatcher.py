@@ -227,24 +227,21 @@ class Dispatcher:
             case Verdict.NO_ROOM:
                 self._placer.refused(request, self._clock() + REFUSAL_BACKOFF_S)
                 self._attempts.requeue(request, error.cause)
-                self.pump()
             case Verdict.OUTDATED:
                 # The worker remembers a later attempt from before this router knew the request.
                 self._attempts.cancel(request, "SUPERSEDED")
                 request.attempt += 1 << request.num_stale
                 request.num_stale += 1
                 self._attempts.requeue(request, error.cause)
-                self.pump()
             case Verdict.TAKEN_OVER:
                 self._book.end(request, RequestState.CANCELLED, taken_over())
             case Verdict.MOVE:
                 self._attempts.move(request, ref, failure_of(error, request.stage))
-                self.pump()
             case Verdict.RECOVER:
                 self._attempts.recover(request, ref, failure_of(error, request.stage))
-                self.pump()
             case Verdict.FAIL:
                 self._book.end(request, RequestState.FAILED, failure_of(error, request.stage))
+        self.pump()
 
     def on_joined(self) -> None:
         """A worker joined: the queue may move."""

@@ -11,7 +11,7 @@ from router.core.failures import Code, Failure, Stage
 from router.core.placement import Placement, Wait, WaitCause
 from router.core.queue import TokenQueue
 from router.core.shedding import Shedder
-from router.core.tenants import TenantLimits
+from router.core.tenants import Tenant, TenantLimits
 from router.placer import Placer
 from router.requests import Request, RequestKey
 from router.verdicts import no_workers, too_large
@@ -37,18 +37,21 @@ class Gate:
     def admit(self, request: Request) -> Failure | None:
         """Lets a request into the queue, or says why not."""
         assert request.demand is not None
-        num_tokens, tenant, now = request.demand.num_prompt_tokens, request.key.tenant, self._clock()
-        request.priority = self._limits.tenant(tenant).priority(request.priority)
-        refusal = self._limits.admit(tenant, num_tokens, now)
+        num_tokens, now = request.demand.num_prompt_tokens, self._clock()
+        tenant = self._limits.tenant(request.key.tenant)
+        request.priority = tenant.priority(request.priority)
+        refusal = self._limits.admit(tenant.name, num_tokens, now)
         if refusal is not None:
             return _exhausted(refusal.cause, refusal.message, refusal.retry_after_s)
         request.is_counted = True
         decision = self._placer.place(request)
         request.choice = decision if isinstance(decision, Placement) else None
-        failure = self._no_place(decision) or self._late(request, now) or self._full(request)
+        failure = (
+            self._no_place(decision) or self._late(request, tenant, now) or self._full(request, tenant, now)
+        )
         if failure is not None:
             request.is_counted = False
-            self._limits.withdrawn(tenant, num_tokens, now)
+            self._limits.withdrawn(tenant.name, num_tokens, now)
         return failure
 
     def let_in(self, request: Request) -> None:
@@ -87,12 +90,11 @@ class Gate:
             return too_large(decision)
         return None
 
-    def _late(self, request: Request, now: float) -> Failure | None:
+    def _late(self, request: Request, tenant: Tenant, now: float) -> Failure | None:
         assert request.demand is not None
-        weight = self._limits.tenant(request.key.tenant).weight
         forecast = self._shedder.forecast(
             request.demand.num_prompt_tokens,
-            self._queue.ahead(request.key.tenant, request.priority, weight),
+            self._queue.ahead(tenant.name, request.priority, tenant.weight),
             self._queue.service_rate,
             self._predicted_s(request),
             self._placer.predict_ttft_s(request, idle=True),
@@ -117,16 +119,16 @@ class Gate:
             return request.choice.predicted_ttft_s
         return self._placer.predict_ttft_s(request)
 
-    def _full(self, request: Request) -> Failure | None:
+    def _full(self, request: Request, tenant: Tenant, now: float) -> Failure | None:
         assert request.demand is not None
         full = self._queue.offer(
             request.key,
             request.demand.num_prompt_tokens,
             request.deadline_s,
-            self._clock(),
-            tenant=request.key.tenant,
+            now,
+            tenant=tenant.name,
             priority=request.priority,
-            weight=self._limits.tenant(request.key.tenant).weight,
+            weight=tenant.weight,
         )
         return None if full is None else _exhausted("QUEUE_FULL", full.reason, full.retry_after_s)
 

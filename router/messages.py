@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import worker_pb2
+from router.core.answer import Answer
 from router.requests import Request
 
 
@@ -47,14 +48,13 @@ def start_prefill(
     )
 
 
-def go_on(request: Request) -> None:
-    """Puts into a request's task how far its answer has come, for the next attempt."""
-    if request.task is not None and request.has_tokens:
-        del request.task.so_far[:]
-        request.task.so_far.extend(
-            worker_pb2.ChoiceSoFar(token_ids=choice.tokens, finished=choice.finished is not None)
-            for choice in request.answer.choices
-        )
+def go_on(task: worker_pb2.GenerationTask, answer: Answer) -> None:
+    """Puts into a task how far its answer has come, for the next attempt."""
+    del task.so_far[:]
+    task.so_far.extend(
+        worker_pb2.ChoiceSoFar(token_ids=choice.tokens, finished=choice.finished is not None)
+        for choice in answer.choices
+    )
 
 
 def resume(request: Request) -> worker_pb2.RouterMessage:

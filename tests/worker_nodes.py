@@ -52,6 +52,29 @@ def worker(model_dir: Path, role: WorkerRole, **overrides: object) -> Iterator[W
 
 
 @contextmanager
+def prefill_decode_and_alone(model_dir: Path) -> Iterator[tuple[WorkerNode, WorkerNode, WorkerNode]]:
+    """A prefill worker, a decode worker, and one that does both, for comparison."""
+    with (
+        worker(model_dir, WorkerRole.PREFILL, max_prompts=8, codec="raw") as prefill,
+        worker(model_dir, WorkerRole.DECODE) as decode,
+        worker(model_dir, WorkerRole.BOTH) as alone,
+    ):
+        yield prefill, decode, alone
+        assert_nothing_held(prefill, decode, alone)
+
+
+@contextmanager
+def three_sessions(
+    nodes: tuple[WorkerNode, WorkerNode, WorkerNode],
+) -> Iterator[tuple[SessionClient, SessionClient, SessionClient]]:
+    """A router's stream to each, after which they hold nothing."""
+    first, second, third = nodes
+    with session(first) as to_first, session(second) as to_second, session(third) as to_third:
+        yield to_first, to_second, to_third
+    assert_nothing_held(*nodes)
+
+
+@contextmanager
 def session(node: WorkerNode, router_id: str = "router", epoch: int = 1) -> Iterator[SessionClient]:
     """A router's stream to `node`."""
     client = SessionClient(node.address, SECRET, router_id, epoch)

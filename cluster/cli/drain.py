@@ -12,8 +12,7 @@ from rich.status import Status
 
 from cluster.cli.console import err, out
 from cluster.cli.lifecycle import state_word
-from cluster.draining import Operator, begin_drain, drain, operator, undo_drain
-from cluster.errors import ClusterError
+from cluster.draining import Operator, begin_drain, drain, named, operator, undo_drain
 from cluster.launch import START_TIMEOUT_S, running_cluster
 from cluster.restarting import ray_of, restart
 from cluster.state import ClusterState, run_directory
@@ -89,10 +88,10 @@ def restart_workers(
         raise typer.BadParameter("name workers, or give --all", param_hint="WORKER")
     state = running_cluster()
     with _cluster(state) as cluster, ray_of(state, run_directory()):
-        chosen = workers or [name for name, status in sorted(cluster.workers().items()) if status.connected]
         known = cluster.workers()
-        if unknown := [worker for worker in chosen if worker not in known]:
-            raise ClusterError(f"there is no worker {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        chosen = workers or [name for name, status in sorted(known.items()) if status.connected]
+        for worker in chosen:
+            named(known, worker)
         for worker in chosen:
             with _shown(worker) as shown:
                 restart(

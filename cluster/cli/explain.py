@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.console import out, print_json
-from cluster.errors import ClusterError
+from cluster.draining import operator
 from cluster.launch import running_cluster
-from cluster.readiness import CALL_TIMEOUT_S
-from headrace.v1 import cluster_pb2, cluster_pb2_grpc
-from kvtransfer.cluster_token import cluster_metadata
+from headrace.v1 import cluster_pb2
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,24 +27,14 @@ def explain(
 ) -> None:
     """Show where a request was placed, and what placement weighed."""
     state = running_cluster()
-    answer = _fetch(state.router_address, bytes.fromhex(state.cluster_secret), request_id, tenant)
+    with operator(state.router_address, bytes.fromhex(state.cluster_secret)) as cluster:
+        answer = cluster.explain(tenant, request_id)
     if json:
         print_json(MessageToDict(answer, preserving_proto_field_name=True))
         return
     out.print(f"request [bold]{escape(answer.request_id)}[/bold] is {answer.state}")
     for decision in answer.decisions:
         _show(decision)
-
-
-def _fetch(address: str, secret: bytes, request_id: str, tenant: str) -> cluster_pb2.ExplainResponse:
-    request = cluster_pb2.ExplainRequest(request_id=request_id, tenant=tenant)
-    with grpc.insecure_channel(address) as channel:
-        stub = cluster_pb2_grpc.ClusterStub(channel)
-        try:
-            return stub.Explain(request, timeout=CALL_TIMEOUT_S, metadata=cluster_metadata(secret))
-        except grpc.RpcError as error:
-            what = error.details() if isinstance(error, grpc.Call) else str(error)
-            raise ClusterError(f"{address}: {what}") from error
 
 
 def _show(decision: cluster_pb2.PlacementDecision) -> None:

@@ -27,7 +27,7 @@ _ORDER = list(WaitCause)
 @dataclass(slots=True)
 class Query:
     """What is to be placed. `cached` is by slot, as are `prefer` and the workers to avoid. `regardless`: as though
-    every worker had room now, for a prediction."""
+    every worker had room now, for a prediction; `idle`: as though no prompt were ahead of it either."""
 
     demand: Demand
     now: float

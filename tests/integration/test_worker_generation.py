@@ -10,9 +10,12 @@ import pytest
 from headrace.v1 import inference_pb2
 from tests.scripted_router import Choice, SessionClient, generate_locally, hand_over, request_key, task
 from tests.tiny_model import make_tiny_model
-from tests.worker_nodes import assert_nothing_held, random_prompt, session, worker
+from tests.worker_nodes import (
+    prefill_decode_and_alone,
+    random_prompt,
+    three_sessions,
+)
 from text.tokenizer import Tokenizer
-from worker.config import WorkerRole
 from worker.node import WorkerNode
 
 pytestmark = pytest.mark.integration
@@ -36,23 +39,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def nodes(model_dir: Path) -> Iterator[tuple[WorkerNode, WorkerNode, WorkerNode]]:
     """A prefill worker, a decode worker, and one that does both, for comparison."""
-    with (
-        worker(model_dir, WorkerRole.PREFILL, max_prompts=8, codec="raw") as prefill,
-        worker(model_dir, WorkerRole.DECODE) as decode,
-        worker(model_dir, WorkerRole.BOTH) as alone,
-    ):
-        yield prefill, decode, alone
-        assert_nothing_held(prefill, decode, alone)
+    with prefill_decode_and_alone(model_dir) as nodes:
+        yield nodes
 
 
 @pytest.fixture
 def clients(
     nodes: tuple[WorkerNode, WorkerNode, WorkerNode],
 ) -> Iterator[tuple[SessionClient, SessionClient, SessionClient]]:
-    prefill, decode, alone = nodes
-    with session(prefill) as to_prefill, session(decode) as to_decode, session(alone) as to_alone:
-        yield to_prefill, to_decode, to_alone
-    assert_nothing_held(prefill, decode, alone)
+    with three_sessions(nodes) as clients:
+        yield clients
 
 
 def _same(one: list[Choice], other: list[Choice]) -> bool:

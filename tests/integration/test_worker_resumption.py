@@ -15,8 +15,10 @@ from tests.tiny_model import make_tiny_model
 from tests.worker_nodes import (
     StepGate,
     assert_nothing_held,
+    prefill_decode_and_alone,
     random_prompt,
     session,
+    three_sessions,
     wait_until,
     worker,
 )
@@ -46,21 +48,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def nodes(model_dir: Path) -> Iterator[tuple[WorkerNode, WorkerNode, WorkerNode]]:
     """A prefill worker, a decode worker, and one that is never interrupted."""
-    with (
-        worker(model_dir, WorkerRole.PREFILL, max_prompts=8, codec="raw") as prefill,
-        worker(model_dir, WorkerRole.DECODE) as decode,
-        worker(model_dir, WorkerRole.BOTH) as alone,
-    ):
-        yield prefill, decode, alone
-        assert_nothing_held(prefill, decode, alone)
+    with prefill_decode_and_alone(model_dir) as nodes:
+        yield nodes
 
 
 @pytest.fixture
 def clients(nodes: tuple[WorkerNode, WorkerNode, WorkerNode]) -> Iterator[Clients]:
-    prefill, decode, alone = nodes
-    with session(prefill) as to_prefill, session(decode) as to_decode, session(alone) as to_alone:
-        yield to_prefill, to_decode, to_alone
-    assert_nothing_held(prefill, decode, alone)
+    with three_sessions(nodes) as clients:
+        yield clients
 
 
 def going_on(

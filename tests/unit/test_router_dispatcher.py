@@ -403,6 +403,8 @@ class Cluster:
         while moved:
             self._quiesce()
             self._check_that_nothing_stale_is_held()
+            for worker in self.workers.values():  # their grace is over
+                worker.leases = {name: lease for name, lease in worker.leases.items() if lease.heard}
             moved = False
             for worker in self.workers.values():
                 for name in list(worker.jobs):
