@@ -150,6 +150,7 @@ class RequestBook:
     def _drop_slow(self, attachment: Attachment, how: str) -> None:
         request = attachment.request
         logger.info("request %s: dropped a slow client, %s", request.key.request_id, how)
+        self._remove(attachment)
         attachment.drop(
             Failure(
                 code=Code.RESOURCE_EXHAUSTED,
@@ -159,7 +160,6 @@ class RequestBook:
                 retryable=True,
             )
         )
-        self._remove(attachment)
         if not request.attachments and not request.is_over:
             self._orphaned(request, "CLIENT_TOO_SLOW", "its only client was too slow")
 

@@ -1,6 +1,6 @@
 """The boundary to callers: every failed call gets a status and an ErrorDetail, and nothing else gets out.
 
-An interceptor wraps the handlers of Headrace's own services. It turns a `Rejection` into its status with the
+A guard wraps the handlers of Headrace's own services. It turns a `Rejection` into its status with the
 detail in the trailing metadata, a message that cannot be parsed into INVALID_ARGUMENT, and an error that
 nobody foresaw into INTERNAL with a reference that is in the log too. The log gets the error's type and
 where it happened; its text might quote a prompt, and stays out.
@@ -8,26 +8,27 @@ where it happened; its text might quote a prompt, and stays out.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import secrets
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from headrace.v1 import inference_pb2 as pb
 from router.core.failures import Code, Failure, Rejection, Stage, invalid
+from rpc.call import ServerCall
+from rpc.heads import Status
+from rpc.server import Handler
 
 ERROR_DETAIL_KEY = "headrace-error-bin"
 OWN_SERVICES = "/headrace.v1."
 
 logger = logging.getLogger(__name__)
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 def error_detail(failure: Failure, request_id: str = "", attempt: int = 0) -> pb.ErrorDetail:
@@ -43,12 +44,13 @@ def error_detail(failure: Failure, request_id: str = "", attempt: int = 0) -> pb
     )
 
 
-async def abort(context: Context, rejection: Rejection) -> None:
-    """Ends a call with the rejection's status and detail."""
+def status_of(rejection: Rejection) -> Status:
+    """How a call ends that is rejected."""
     failure = rejection.failure
     detail = error_detail(failure, rejection.request_id, rejection.attempt)
-    trailer = ((ERROR_DETAIL_KEY, detail.SerializeToString()),)
-    await context.abort(grpc.StatusCode[failure.code], failure.message, trailer)
+    return Status(
+        grpc.StatusCode[failure.code], failure.message, ((ERROR_DETAIL_KEY, detail.SerializeToString()),)
+    )
 
 
 def unknown_request(request_id: str) -> Rejection:
@@ -67,27 +69,17 @@ class _Unparsable:
     """Stands where a request should be; the handler never sees it."""
 
 
-class Boundary(grpc.aio.ServerInterceptor):
-    """Wraps unary-request handlers of Headrace's services; leaves those of others alone."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """The handler, guarded where it is one of ours."""
-        handler = await continuation(handler_call_details)
-        is_own = handler_call_details.method.startswith(OWN_SERVICES)
-        if handler is None or handler.request_streaming or not is_own:
-            return handler
-        make: Any = grpc.unary_unary_rpc_method_handler
-        handle: Any = handler.unary_unary
-        if handler.response_streaming:
-            make, handle = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-        guarded: Handler = make(
-            _guarded(handle), _tolerant(handler.request_deserializer), handler.response_serializer
-        )
-        return guarded
+def guarded(path: str, handler: Handler) -> Handler:
+    """An `rpc.server.Guard`: wraps unary-request handlers of Headrace's services; leaves those of others alone."""
+    if handler.request_streaming or not path.startswith(OWN_SERVICES):
+        return handler
+    make: Any = grpc.unary_unary_rpc_method_handler
+    handle: Any = handler.unary_unary
+    if handler.response_streaming:
+        make, handle = grpc.unary_stream_rpc_method_handler, handler.unary_stream
+    guard = _guarded if inspect.iscoroutinefunction(handle) else _guarded_push
+    found: Handler = make(guard(handle), _tolerant(handler.request_deserializer), handler.response_serializer)
+    return found
 
 
 def _tolerant(deserialize: Any) -> Callable[[bytes], Any]:
@@ -100,28 +92,36 @@ def _tolerant(deserialize: Any) -> Callable[[bytes], Any]:
     return parse
 
 
-def _guarded(handle: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def guarded(request: Any, context: Context) -> Any:
+def _guarded(handle: Callable[[Any, ServerCall], Awaitable[Any]]) -> Callable[[Any, ServerCall], Any]:
+    async def guarded_handle(request: Any, call: ServerCall) -> Any:
         try:
-            return await _answered(handle, request, context)
-        except grpc.aio.InternalError:
-            # The transport's own: a write fails only where the call is over, and nobody is left to be told.
-            logger.debug("a write met a call that is over")
+            _check_parsed(request)
+            return await handle(request, call)
+        except Exception as error:  # noqa: BLE001 - the boundary
+            return end_with(call, error)
 
-    return guarded
+    return guarded_handle
 
 
-async def _answered(handle: Callable[[Any, Context], Awaitable[Any]], request: Any, context: Context) -> Any:
-    try:
-        if isinstance(request, _Unparsable):
-            raise invalid("UNPARSABLE", "the message is damaged or holds text that is not UTF-8")
-        return await handle(request, context)
-    except Rejection as rejection:
-        await abort(context, rejection)
-    except grpc.aio.BaseError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the boundary: a defect must not reach the caller as it is
-        await abort(context, defect(error))
+def _guarded_push(handle: Callable[[Any, ServerCall], None]) -> Callable[[Any, ServerCall], None]:
+    def guarded_handle(request: Any, call: ServerCall) -> None:
+        try:
+            _check_parsed(request)
+            handle(request, call)
+        except Exception as error:  # noqa: BLE001 - the boundary
+            end_with(call, error)
+
+    return guarded_handle
+
+
+def _check_parsed(request: Any) -> None:
+    if isinstance(request, _Unparsable):
+        raise invalid("UNPARSABLE", "the message is damaged or holds text that is not UTF-8")
+
+
+def end_with(call: ServerCall, error: Exception) -> None:
+    """Ends a call that an error came out of: a defect must not reach the caller as it is."""
+    call.end(status_of(error if isinstance(error, Rejection) else defect(error)))
 
 
 def defect(error: Exception) -> Rejection:

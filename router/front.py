@@ -1,9 +1,5 @@
 """The gRPC front door for applications: reads calls, writes answers, decides nothing."""
 
-from typing import Any, TypeAlias
-
-import grpc
-
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc
 from router.auth import Authenticator
@@ -12,16 +8,15 @@ from router.config import ModelFacts
 from router.core import admission
 from router.core.admission import Limits
 from router.core.failures import Rejection, invalid
-from router.errors import error_detail, unknown_request
+from router.errors import end_with, error_detail, unknown_request
 from router.intake import Call, Intake
 from router.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from router.requests import RequestKey
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+from router.requests import Attachment, RequestKey
+from rpc.call import ServerCall
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Serves headrace.v1.Inference; a Rejection becomes a status in `errors.Boundary`."""
+    """Serves headrace.v1.Inference; a Rejection becomes a status in `errors.guarded`."""
 
     def __init__(
         self,
@@ -37,26 +32,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._model = model
         self._limits = limits
 
-    async def Generate(  # type: ignore[override] # writes to the context instead of yielding
-        self, request: pb.GenerateRequest, context: Context
-    ) -> None:
+    def Generate(self, request: pb.GenerateRequest, call: ServerCall) -> None:  # type: ignore[override] # pushes
         """Streams the answer to a prompt."""
-        await self._answer(request, _generate_prompt(request), context)
+        self._answer(request, _generate_prompt(request), call)
 
-    async def Chat(  # type: ignore[override] # writes to the context instead of yielding
-        self, request: pb.ChatRequest, context: Context
-    ) -> None:
+    def Chat(self, request: pb.ChatRequest, call: ServerCall) -> None:  # type: ignore[override] # pushes
         """Streams the answer to a conversation."""
-        await self._answer(request, ChatPrompt(request.messages), context)
+        self._answer(request, ChatPrompt(request.messages), call)
 
-    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+    async def Cancel(self, request: pb.CancelRequest, call: ServerCall) -> pb.CancelResponse:
         """Ends a request wherever it is."""
-        known = self._book.get(self._key(request.request_id, context))
+        known = self._book.get(self._key(request.request_id, call))
         return pb.CancelResponse(was_running=known is not None and self._book.cancel(known))
 
-    async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
+    async def Get(self, request: pb.GetRequest, call: ServerCall) -> pb.GetResponse:
         """Reads the state of a request."""
-        known = self._book.get(self._key(request.request_id, context))
+        known = self._book.get(self._key(request.request_id, call))
         if known is None:
             raise unknown_request(request.request_id)
         response = pb.GetResponse(
@@ -69,9 +60,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             response.error.CopyFrom(error_detail(known.failure, known.key.request_id, known.attempt))
         return response
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, call: ServerCall) -> pb.TokenizeResponse:
         """Turns text or messages into token ids."""
-        self._authenticator.tenant(_metadata(context))
+        self._authenticator.tenant(call.invocation_metadata())
         admission.check_model(request.model, self._limits)
         prompt: Prompt = TextPrompt(request.text)
         if request.WhichOneof("input") == "chat":
@@ -79,9 +70,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         prompt.check(self._limits)
         return pb.TokenizeResponse(token_ids=await self._intake.tokenize(prompt))
 
-    async def Models(self, request: pb.ModelsRequest, context: Context) -> pb.ModelsResponse:
+    async def Models(self, request: pb.ModelsRequest, call: ServerCall) -> pb.ModelsResponse:
         """Lists the one model."""
-        self._authenticator.tenant(_metadata(context))
+        self._authenticator.tenant(call.invocation_metadata())
         model = self._model
         return pb.ModelsResponse(
             models=[
@@ -94,37 +85,30 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             ]
         )
 
-    async def _answer(
-        self, request: pb.GenerateRequest | pb.ChatRequest, prompt: Prompt, context: Context
-    ) -> None:
-        call = Call(
-            tenant=self._authenticator.tenant(_metadata(context)),
+    def _answer(self, request: pb.GenerateRequest | pb.ChatRequest, prompt: Prompt, call: ServerCall) -> None:
+        asked = Call(
+            tenant=self._authenticator.tenant(call.invocation_metadata()),
             request_id=request.request_id,
             model=request.model,
             prompt=prompt,
             sampling=request.sampling,
             timeout_s=request.timeout_s,
-            remaining_s=context.time_remaining(),
+            remaining_s=call.time_remaining(),
             resumable=request.resumable,
             next_index=request.next_index,
             resume_handle=request.resume_handle,
             priority=request.priority,
         )
         try:
-            attachment = self._intake.open(call)
+            attachment = self._intake.open(asked)
         except Rejection as rejection:
             # Cut, since it travels in a header and may itself be what was wrong.
             rejection.request_id = request.request_id[: admission.MAX_REQUEST_ID_CHARS]
             raise
-        try:
-            while (messages := await attachment.next()) is not None:
-                for message in messages:
-                    await context.write(message)
-        finally:
-            self._book.detach(attachment)
+        deliver(attachment, call, self._book)
 
-    def _key(self, request_id: str, context: Context) -> RequestKey:
-        tenant = self._authenticator.tenant(_metadata(context))
+    def _key(self, request_id: str, call: ServerCall) -> RequestKey:
+        tenant = self._authenticator.tenant(call.invocation_metadata())
         if not request_id:
             raise invalid("BAD_REQUEST_ID", "request_id is empty")
         admission.check_request_id(request_id)
@@ -137,5 +121,19 @@ def _generate_prompt(request: pb.GenerateRequest) -> Prompt:
     return TextPrompt(request.text)
 
 
-def _metadata(context: Context) -> tuple[tuple[str, str | bytes], ...]:
-    return tuple(context.invocation_metadata() or ())
+def deliver(attachment: Attachment, call: ServerCall, book: RequestBook) -> None:
+    """Sends a client what its attachment has, from now on and whenever there is news and room, to the end of either."""
+
+    def go_on() -> None:
+        try:
+            while call.is_writable and (messages := attachment.take()):
+                for message in messages:
+                    call.send(message)
+            if attachment.has_ended:
+                call.end()
+        except Exception as error:  # noqa: BLE001 - the boundary: whoever brings news must not stumble over one client
+            end_with(call, error)
+
+    attachment.on_news = call.on_writable = go_on
+    call.on_over = lambda: book.detach(attachment)
+    go_on()

@@ -4,7 +4,6 @@ A `Request` is what the router keeps of a request from the call until it is forg
 client reading its answer. Both live on the router's event loop, and are changed there only.
 """
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -131,7 +130,7 @@ class Request:
 
     def wake(self) -> None:
         """Tells every listener that there is news."""
-        for attachment in self.attachments:
+        for attachment in tuple(self.attachments):
             attachment.wake()
 
     def stop_timers(self) -> None:
@@ -153,12 +152,12 @@ class Attachment:
         self.request = request
         self._reader = Reader(request.answer, next_index)
         self._replay_bytes = self._reader.lag_bytes
-        self._news = asyncio.Event()
+        self.on_news: Callable[[], None] = _nobody_listens
         self._clock = clock
         self._taken_s = clock()
-        self._waiting = False
+        self._is_caught_up = False
         self._handles_sent = 0
-        self._ended = False
+        self.has_ended = False
         self._dropped: Failure | None = None
 
     @property
@@ -171,10 +170,11 @@ class Attachment:
         return self._reader.has_more and now - self._taken_s > limit_s
 
     def wake(self) -> None:
-        if self._waiting:
-            self._waiting = False
+        """Tells the client's side that there is something to take."""
+        if self._is_caught_up:
+            self._is_caught_up = False
             self._taken_s = self._clock()
-            self._news.set()
+        self.on_news()
 
     def drop(self, failure: Failure) -> None:
         """Ends this attachment alone; the client hears of it when it takes what is on its way to it."""
@@ -182,23 +182,12 @@ class Attachment:
         self._reader = Reader(Answer(0), 0)
         self.wake()
 
-    async def next(self) -> list[pb.GenerateResponse] | None:
-        """The next messages for the client, when there are any; None after the last.
-
-        Waits no longer than until the request's deadline, which ends it.
+    def take(self) -> list[pb.GenerateResponse]:
+        """The next messages for the client; empty where there are none now, or, once it `has_ended`, none any more.
 
         Raises:
             Rejection: the request failed, or this client was dropped.
         """
-        while True:
-            messages = self._take()
-            if messages or self._ended:
-                return messages or None
-            self._waiting = True
-            self._news.clear()
-            await self._news.wait()
-
-    def _take(self) -> list[pb.GenerateResponse]:
         request = self.request
         if self._dropped is not None:
             raise Rejection(self._dropped, request.key.request_id, request.attempt)
@@ -214,7 +203,12 @@ class Attachment:
             return messages
         if request.failure is not None:
             raise Rejection(request.failure, request.key.request_id, request.attempt)
-        if request.done is not None and not self._ended:
-            self._ended = True
+        if request.done is not None and not self.has_ended:
+            self.has_ended = True
             return [pb.GenerateResponse(done=request.done)]
+        self._is_caught_up = True
         return []
+
+
+def _nobody_listens() -> None:
+    return None

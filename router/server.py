@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.attempts import Attempts
@@ -27,7 +25,7 @@ from router.core.queue import TokenQueue
 from router.core.shedding import Shedder
 from router.core.tenants import TenantLimits
 from router.dispatcher import Dispatcher
-from router.errors import Boundary
+from router.errors import guarded
 from router.front import InferenceServicer
 from router.gate import Gate
 from router.intake import Intake
@@ -37,6 +35,8 @@ from router.prompt_keys import KeyRoots
 from router.requests import RequestKey
 from router.resume import ResumeHandles
 from router.workers import LinkSettings
+from rpc.reflection import REFLECTION_SERVICE, add_reflection
+from rpc.server import Server, ServerSettings
 from text.tokenizer import Tokenizer as ModelTokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,28 +44,18 @@ logger = logging.getLogger(__name__)
 MAX_RECEIVE_BYTES = 32 << 20  # enough to refuse a 10 MiB prompt in words
 SWEEP_S = 0.25
 STOP_GRACE_S = 1.0
+KEEPALIVE_S = 10.0  # finds clients that vanished without a word
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name
 
-_REFLECTED = (_INFERENCE, _CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+_REFLECTED = (_INFERENCE, _CLUSTER, health.SERVICE_NAME, REFLECTION_SERVICE)
 _SHUTTING_DOWN = Failure(
     code=Code.UNAVAILABLE,
     stage=Stage.ADMISSION,
     cause="SHUTTING_DOWN",
     message="the router is stopping",
     retryable=True,
-)
-
-_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
-    ("grpc.so_reuseport", 0),
-    # Find clients that vanished without a word, and let clients look for us as often.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
 
@@ -79,7 +69,7 @@ class _Parts:
     membership: Membership
     intake: Intake
     health: health.aio.HealthServicer
-    server: grpc.aio.Server
+    server: Server
     readiness_changed: asyncio.Event
 
 
@@ -221,15 +211,16 @@ def _grpc_server(
     inference: InferenceServicer,
     cluster: ClusterServicer,
     health_servicer: health.aio.HealthServicer,
-) -> grpc.aio.Server:
-    server = grpc.aio.server(
-        interceptors=(Boundary(),), options=_OPTIONS, maximum_concurrent_rpcs=config.max_calls
+) -> Server:
+    settings = ServerSettings(
+        max_message_bytes=MAX_RECEIVE_BYTES, max_calls=config.max_calls, keepalive_s=KEEPALIVE_S
     )
+    server = Server(settings, guarded)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if is_loopback(_host(config.listen)):
-        reflection.enable_server_reflection(_REFLECTED, server)
+        add_reflection(_REFLECTED, server)
     return server
 
 

@@ -22,6 +22,7 @@ import grpc
 from headrace.v1 import worker_pb2, worker_pb2_grpc
 from router.auth import CLUSTER_TOKEN_KEY
 from router.core.fleet import WorkerRef
+from rpc.channel import Channel, StreamCall
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +36,9 @@ MAX_QUEUED_MESSAGES = 8192
 MAX_QUEUED_BYTES = 256 << 20
 MAX_MESSAGE_BYTES = 64 << 20
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # without it a lost ping is noticed after a minute only
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A redial must try the network again at once, not wait out the back-off of an older channel.
-    ("grpc.use_local_subchannel_pool", 1),
-)
+KEEPALIVE_S = 5.0
 
-Session: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]"
+Session: TypeAlias = "StreamCall[worker_pb2.RouterMessage, worker_pb2.WorkerMessage]"
 
 
 class LinkBroken(Exception):
@@ -195,8 +186,10 @@ class WorkerLink:
 
     async def _session(self, hello_timeout_s: float) -> None:
         """One stream, from dialling to its end, which is always a LinkBroken or WrongWorker."""
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
-            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+        async with Channel(
+            self.address, max_message_bytes=MAX_MESSAGE_BYTES, keepalive_s=KEEPALIVE_S
+        ) as channel:
+            stub: Any = worker_pb2_grpc.WorkerStub(channel)
             call: Session = stub.Session(metadata=((CLUSTER_TOKEN_KEY, self._settings.token),))
             self._call = call
             writer: asyncio.Task[None] | None = None
@@ -205,12 +198,8 @@ class WorkerLink:
                 self._accept(hello)
                 writer = asyncio.create_task(self._write(call))
                 await self._read(call)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            except grpc.aio.AioRpcError as error:
                 raise LinkBroken(_describe(error), refused=_is_refused(error)) from None
-            except asyncio.CancelledError:
-                if _is_being_cancelled():
-                    raise
-                raise LinkBroken("the stream was given up") from None
             finally:
                 self._call = None
                 call.cancel()
@@ -276,7 +265,7 @@ class WorkerLink:
                 if self._is_closing:
                     await call.done_writing()
                     return
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        except grpc.aio.AioRpcError:
             call.cancel()  # the reader sees the end, and tells why
 
     def _next(self) -> worker_pb2.RouterMessage:
@@ -301,17 +290,9 @@ class WorkerLink:
             self._news.set()
 
 
-def _is_being_cancelled() -> bool:
-    """Whether the task, and not just the call that it waits for, was cancelled."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _is_refused(error: grpc.aio.AioRpcError) -> bool:
+    return "Connection refused" in (error.details() or "")
 
 
-def _is_refused(error: Any) -> bool:
-    return isinstance(error, grpc.aio.AioRpcError) and "Connection refused" in (error.details() or "")
-
-
-def _describe(error: Any) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return f"{type(error).__name__}: {error}"
+def _describe(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"

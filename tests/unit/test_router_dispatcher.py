@@ -5,7 +5,6 @@ that leave and deadlines that pass: every request ends, its listeners get each t
 holds anything. What is still under way when the trouble is over is finished, not left to its deadline.
 """
 
-import asyncio
 import heapq
 import random
 from collections import deque
@@ -390,9 +389,8 @@ class Cluster:
         for worker in self.workers.values():
             assert not worker.jobs
             assert not [name for name, lease in worker.leases.items() if lease.heard]
-        with asyncio.Runner() as runner:
-            for attachment in self.attachments:
-                runner.run(self._check_listener(attachment))
+        for attachment in self.attachments:
+            self._check_listener(attachment)
 
     def _end_all_trouble(self):
         for worker in self.workers.values():
@@ -449,10 +447,10 @@ class Cluster:
             or request.num_stale >= MAX_STALE
         )
 
-    async def _check_listener(self, attachment):
+    def _check_listener(self, attachment):
         text, finished, done = "", False, False
         try:
-            while (messages := await attachment.next()) is not None:
+            while messages := attachment.take():
                 for message in messages:
                     assert not done
                     text += message.delta.text

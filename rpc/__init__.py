@@ -1,0 +1,15 @@
+"""gRPC over HTTP/2 on an asyncio loop, for streams of many small messages.
+
+The generated stubs and servicers are the ones of grpcio, and so is what travels: either side may be any gRPC
+implementation. What is different is what a message costs: it is serialized, framed and joined with the others of
+the same turn of the loop into one write (docs/adr/15-http2.md).
+
+    frames.py      HTTP/2 frames
+    heads.py       header lists of gRPC calls, their statuses and metadata
+    messages.py    length-prefixed messages out of DATA frames
+    stream.py      one stream's windows and buffers
+    connection.py  pure: bytes in, events out; both roles
+    peer.py        a connection on a socket: flushes once a turn, looks whether the other side is alive
+    server.py, call.py    servicers behind a listening socket
+    channel.py     calls to one address
+"""
