@@ -59,7 +59,7 @@ class Attempts:
         request.lease = request.prefill = None
         request.replay_asked = request.replay_due = False
         request.lifecycle.move(RequestState.PLACED, self._clock())
-        logger.info("request %s attempt %d: %s", request.key.request_id, request.attempt, placement.reason)
+        logger.debug("request %s attempt %d: %s", request.key.request_id, request.attempt, placement.reason)
         self.reserve(request, placement.decode)
 
     def reserve(self, request: Request, ref: WorkerRef) -> None:

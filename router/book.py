@@ -187,13 +187,11 @@ class RequestBook:
                 self.counters.cancelled += 1
             case _:
                 self.counters.failed += 1
-        failure = request.failure
-        logger.info(
-            "request %s %s%s",
-            request.key.request_id,
-            state,
-            f" in {failure.stage}: {failure.cause}" if failure else "",
-        )
+        failure, request_id = request.failure, request.key.request_id
+        if failure is None:
+            logger.debug("request %s %s", request_id, state)
+        else:
+            logger.info("request %s %s in %s: %s", request_id, state, failure.stage, failure.cause)
 
     def _retain(self, request: Request) -> None:
         num_bytes = ENDED_REQUEST_BYTES + request.answer.num_bytes

@@ -79,6 +79,7 @@ class Intake:
         self._handles = handles
         self._limits = limits
         self._tokenizer = tokenizer
+        self._eos_token_ids = sorted(tokenizer.eos_token_ids)
         self._book = book
         self._dispatcher = dispatcher
         self._clock = clock
@@ -212,7 +213,7 @@ class Intake:
         return worker_pb2.GenerationTask(
             prompt_token_ids=token_ids,
             sampling=admission.complete_sampling(call.sampling, len(token_ids), self._limits, request.seed),
-            eos_token_ids=sorted(self._tokenizer.eos_token_ids),
+            eos_token_ids=self._eos_token_ids,
             fidelity=self._config.fidelity,
             resumable=request.resumable,
         )

@@ -2,7 +2,7 @@
 
 The generated stubs and servicers are the ones of grpcio, and so is what travels: either side may be any gRPC
 implementation. What is different is what a message costs: it is serialized, framed and joined with the others of
-the same turn of the loop into one write (docs/adr/15-http2.md).
+the same turn of the loop into one write (docs/adr/0015-http2-by-ourselves.md).
 
     frames.py      HTTP/2 frames
     heads.py       header lists of gRPC calls, their statuses and metadata

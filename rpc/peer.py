@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Iterable
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar, cast
 
 from rpc.connection import Connection, ConnectionFault, Limits
 from rpc.heads import Header
@@ -75,6 +76,12 @@ class Peer(asyncio.Protocol, Generic[HeadT]):
         """Whether so much waits to be written that no more should be added."""
         return self._is_paused or self.connection.gathered_bytes > WRITE_AHEAD_BYTES
 
+    @property
+    def socket(self) -> socket.socket | None:
+        """What the connection is on, while it is open."""
+        found: socket.socket | None = self._transport and self._transport.get_extra_info("socket")
+        return found
+
     def output(self) -> None:
         self._loop.call_soon(self._flush)
 
@@ -109,8 +116,7 @@ class Peer(asyncio.Protocol, Generic[HeadT]):
     # --- asyncio's side ----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(high=WRITE_AHEAD_BYTES)
         name = transport.get_extra_info("peername")
         self.address = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "")

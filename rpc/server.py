@@ -7,7 +7,7 @@ import inspect
 import logging
 import socket
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -125,6 +125,11 @@ class Server:
         for connection in tuple(self._connections):
             connection.abort("the server has stopped")
         await asyncio.sleep(0)  # sockets are closed in the loop's next turn
+
+    @property
+    def connections(self) -> Collection[_ServerPeer]:
+        """Clients that are connected now."""
+        return self._connections
 
     # --- what connections call ---------------------------------------------------------------------------
 
@@ -288,7 +293,8 @@ def _refuse(connection: _ServerPeer, stream: Stream, status: Status) -> None:
 
 
 def _listening(family: int, where: Sequence[Any]) -> socket.socket:
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # Said outright, so that asyncio sees a TCP socket and lets small frames go out at once.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from contextlib import asynccontextmanager
 
 import grpc
@@ -243,6 +244,13 @@ async def test_a_client_that_asks_all_the_time_and_reads_nothing_is_cut_off():
             for _ in range(1000):
                 writer.write(ping)
                 await asyncio.wait_for(writer.drain(), WAIT_S)
+
+
+async def test_small_frames_go_out_at_once():
+    async with serving() as (server, _, channel, _):
+        await inference_pb2_grpc.InferenceStub(channel).Cancel(pb.CancelRequest())
+        sockets = [connection.socket for connection in server.connections]
+        assert sockets and all(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in sockets)
 
 
 async def test_health_is_told():
