@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import pytest
@@ -93,6 +93,12 @@ def hello(router_id):
 
 def generate(num_tokens, text=""):
     return pb.GenerateRequest(text=text, sampling=pb.SamplingParams(max_tokens=num_tokens))
+
+
+async def hung_up(writer):
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 async def test_an_answer_of_many_messages_to_a_large_request():
@@ -218,7 +224,7 @@ async def test_who_speaks_no_http2_is_sent_away():
         writer.write(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
         said = await asyncio.wait_for(reader.read(), WAIT_S)
         assert b"this is not HTTP/2" in said
-        writer.close()
+        await hung_up(writer)
 
 
 async def test_a_client_that_vanished_is_found():
@@ -231,7 +237,7 @@ async def test_a_client_that_vanished_is_found():
         writer.write(frames.message_frame(1, body) + frames.frame(frames.DATA, frames.END_STREAM, 1))
         await reader.readexactly(100)  # and then not another word
         await asyncio.wait_for(inference.over.wait(), WAIT_S)
-        writer.close()
+        await hung_up(writer)
 
 
 async def test_a_client_that_asks_all_the_time_and_reads_nothing_is_cut_off():
@@ -244,6 +250,7 @@ async def test_a_client_that_asks_all_the_time_and_reads_nothing_is_cut_off():
             for _ in range(1000):
                 writer.write(ping)
                 await asyncio.wait_for(writer.drain(), WAIT_S)
+        await hung_up(writer)
 
 
 async def test_small_frames_go_out_at_once():
@@ -340,10 +347,16 @@ async def test_a_port_that_nobody_listens_on_is_said():
 
 
 async def test_a_peer_that_is_silent_is_given_up():
+    is_over = asyncio.Event()
+
     async def silent(reader, writer):
-        await reader.read(1000)
-        await asyncio.sleep(WAIT_S)
+        with suppress(ConnectionError):
+            while await reader.read(1000):
+                pass
         writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+        is_over.set()
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -353,4 +366,6 @@ async def test_a_peer_that_is_silent_is_given_up():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asyncio.wait_for(call.read(), WAIT_S)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and "silent" in caught.value.details()
+    await asyncio.wait_for(is_over.wait(), WAIT_S)
     server.close()
+    await server.wait_closed()
