@@ -196,14 +196,16 @@ class Dispatcher:
 
     def on_step(self, ref: WorkerRef, step: worker_pb2.StepOutput) -> None:
         """New tokens of any number of requests."""
+        now = self._clock()
         touched: dict[Request, None] = {}
         for output in step.outputs:
             request = self._current(ref, output.key)
-            if request is not None and self._take(ref, request, output):
+            if request is not None and self._take(ref, request, output, now):
                 touched[request] = None
         for request in touched:
             self._book.tokens_came(request)
-            self._finish_if_complete(request)
+            if request.answer.is_complete:
+                self._finish_if_complete(request)
 
     def on_failed(self, ref: WorkerRef, message: worker_pb2.AttemptFailed) -> None:
         """An attempt ended on a worker without an answer."""
@@ -285,8 +287,8 @@ class Dispatcher:
 
     def _current(self, ref: WorkerRef, key: worker_pb2.RequestKey) -> Request | None:
         """The running request whose present attempt this worker speaks of."""
-        request = self._book.get(RequestKey(key.tenant, key.request_id))
-        if request is None or request.is_over or request.attempt != key.attempt:
+        request = self._book.running(key.tenant, key.request_id)
+        if request is None or request.attempt != key.attempt:
             return None
         return request if request.runs_on(ref) else None
 
@@ -304,7 +306,9 @@ class Dispatcher:
             request.lifecycle.move(RequestState.DECODING, self._clock())
         self._placer.prefilled(request)
 
-    def _take(self, ref: WorkerRef, request: Request, output: worker_pb2.ChoiceOutput) -> bool:
+    def _take(
+        self, ref: WorkerRef, request: Request, output: worker_pb2.ChoiceOutput, now: float
+    ) -> bool:
         """Books one choice's news; False where there was none for the listeners."""
         delta = output.delta
         if request.lease is None or delta.choice >= len(request.answer.choices):
@@ -322,7 +326,7 @@ class Dispatcher:
             request.replay_asked = False
             if request.lifecycle.state is not RequestState.DECODING:
                 self._decoding(request)
-            request.lifecycle.tokens_arrived(delta.first_index, self._clock())
+            request.lifecycle.tokens_arrived(delta.first_index, now)
             self._gate.tokens_came(request, len(choice.tokens) - num_known)
         self._links.acknowledge(ref, output.key, delta.choice, len(choice.tokens))
         return arrival is Arrival.NEW or finished

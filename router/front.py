@@ -126,9 +126,11 @@ def deliver(attachment: Attachment, call: ServerCall, book: RequestBook) -> None
 
     def go_on() -> None:
         try:
-            while call.is_writable and (messages := attachment.take()):
-                for message in messages:
+            while call.is_writable:
+                for message in attachment.take():
                     call.send(message)
+                if attachment.is_caught_up:
+                    break
             if attachment.has_ended:
                 call.end()
         except Exception as error:  # noqa: BLE001 - the boundary: whoever brings news must not stumble over one client

@@ -126,7 +126,8 @@ class Request:
 
     def runs_on(self, ref: WorkerRef) -> bool:
         """Whether the present attempt involves that incarnation of a worker."""
-        return self.placement is not None and ref in self.placement.workers
+        placement = self.placement
+        return placement is not None and (ref == placement.decode or ref == placement.prefill)
 
     def wake(self) -> None:
         """Tells every listener that there is news."""
@@ -155,7 +156,7 @@ class Attachment:
         self.on_news: Callable[[], None] = _nobody_listens
         self._clock = clock
         self._taken_s = clock()
-        self._is_caught_up = False
+        self.is_caught_up = False
         self._handles_sent = 0
         self.has_ended = False
         self._dropped: Failure | None = None
@@ -163,6 +164,8 @@ class Attachment:
     @property
     def lag_bytes(self) -> int:
         """How far the client is behind what came since it attached."""
+        if self.is_caught_up:
+            return 0
         return min(self._reader.lag_bytes, self._reader.total_bytes - self._replay_bytes)
 
     def is_stalled(self, now: float, limit_s: float) -> bool:
@@ -171,8 +174,8 @@ class Attachment:
 
     def wake(self) -> None:
         """Tells the client's side that there is something to take."""
-        if self._is_caught_up:
-            self._is_caught_up = False
+        if self.is_caught_up:
+            self.is_caught_up = False
             self._taken_s = self._clock()
         self.on_news()
 
@@ -183,7 +186,8 @@ class Attachment:
         self.wake()
 
     def take(self) -> list[pb.GenerateResponse]:
-        """The next messages for the client; empty where there are none now, or, once it `has_ended`, none any more.
+        """The next messages for the client, about as many as fit into one; empty where there are none now. More may be
+        there unless it `is_caught_up`.
 
         Raises:
             Rejection: the request failed, or this client was dropped.
@@ -192,22 +196,32 @@ class Attachment:
         if self._dropped is not None:
             raise Rejection(self._dropped, request.key.request_id, request.attempt)
         self._taken_s = self._clock()
-        if request.accepted is not None and not self._handles_sent:
-            self._handles_sent = request.num_handles
-            return [pb.GenerateResponse(accepted=request.accepted)]
-        if request.accepted is not None and self._handles_sent < request.num_handles and not request.is_over:
-            self._handles_sent = request.num_handles
-            return [pb.GenerateResponse(resume_handle=request.resume_handle)]
-        messages = self._reader.read(MAX_MESSAGE_BYTES)
-        if messages:
+        messages = self._greeting() if self._handles_sent < request.num_handles else []
+        messages += self._reader.read(MAX_MESSAGE_BYTES)
+        if self._reader.has_more:
             return messages
         if request.failure is not None:
+            if messages:
+                return messages
             raise Rejection(request.failure, request.key.request_id, request.attempt)
         if request.done is not None and not self.has_ended:
             self.has_ended = True
-            return [pb.GenerateResponse(done=request.done)]
-        self._is_caught_up = True
-        return []
+            messages.append(pb.GenerateResponse(done=request.done))
+        self.is_caught_up = True
+        return messages
+
+    def _greeting(self) -> list[pb.GenerateResponse]:
+        """What comes before tokens: the first message, and the newest handle."""
+        request = self.request
+        if request.accepted is None:
+            return []
+        messages = []
+        if not self._handles_sent:
+            messages.append(pb.GenerateResponse(accepted=request.accepted))
+        if request.num_handles > 1 and not request.is_over:
+            messages.append(pb.GenerateResponse(resume_handle=request.resume_handle))
+        self._handles_sent = request.num_handles
+        return messages
 
 
 def _nobody_listens() -> None:

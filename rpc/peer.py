@@ -79,8 +79,11 @@ class Peer(asyncio.Protocol, Generic[HeadT]):
     @property
     def socket(self) -> socket.socket | None:
         """What the connection is on, while it is open."""
-        found: socket.socket | None = self._transport and self._transport.get_extra_info("socket")
-        return found
+        return (
+            None
+            if self._transport is None
+            else cast("socket.socket", self._transport.get_extra_info("socket"))
+        )
 
     def output(self) -> None:
         self._loop.call_soon(self._flush)

@@ -7,6 +7,7 @@ is taken only where it can be true: finite, positive and within a wide bound. An
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 MAX_STEP_S = 60.0
 MAX_S_PER_TOKEN = 60.0
@@ -53,8 +54,7 @@ class Identity:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerRef:
+class WorkerRef(NamedTuple):
     """One incarnation of a worker; epochs are compared for equality only."""
 
     worker_id: str
