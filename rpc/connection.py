@@ -24,6 +24,9 @@ MAX_HEADER_BYTES: Final = 64 << 10
 STREAM_WINDOW_BYTES: Final = 1 << 20
 CONNECTION_WINDOW_BYTES: Final = 16 << 20
 MAX_KEPT_HEADS: Final = 256
+MAX_RESETS: Final = 10_000
+"""By the peer, until `num_resets` is put back: calls that are begun and given up cost their servicer something each
+(CVE-2023-44487)."""
 
 # It would write every header it reads into a debug log, credentials too.
 logging.getLogger("hpack").setLevel(logging.WARNING)
@@ -91,6 +94,7 @@ class Connection(Generic[HeadT]):
         self.peer_max_streams = 1 << 31
         self.is_going_away = False
         self.num_replies = 0  # to frames that no window holds back
+        self.num_resets = 0
         self.gathered_bytes = 0  # that were not taken
         self._is_client = is_client
         self._observer = observer
@@ -424,6 +428,9 @@ class Connection(Generic[HeadT]):
         self._forget_if_done(stream)
 
     def _on_rst_stream(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        self.num_resets += 1
+        if self.num_resets > MAX_RESETS:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "too many calls were given up")
         stream = self.streams.get(stream_id)
         if stream is None:
             self._check_known(stream_id)

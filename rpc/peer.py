@@ -165,5 +165,6 @@ class Peer(asyncio.Protocol, Generic[HeadT]):
             self.abort(f"the peer was silent for {2 * self._keepalive_s:g} s and did not answer a PING")
             return
         self._is_quiet = True
+        self.connection.num_resets = 0
         self.connection.ping()
         self._keepalive = self._loop.call_later(self._keepalive_s, self._look)

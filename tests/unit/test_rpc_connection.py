@@ -15,6 +15,7 @@ from rpc import frames, heads
 from rpc.connection import (
     CONNECTION_WINDOW_BYTES,
     MAX_HEADER_BYTES,
+    MAX_RESETS,
     STREAM_WINDOW_BYTES,
     Connection,
     ConnectionFault,
@@ -301,6 +302,15 @@ def test_a_header_block_without_end_is_given_up():
         for _ in range(MAX_HEADER_BYTES // 10_000 + 1):
             server.connection.receive(frames.frame(frames.CONTINUATION, 0, 1, bytes(10_000)))
     assert caught.value.code is ErrorCode.ENHANCE_YOUR_CALM
+
+
+def test_calls_begun_and_given_up_without_end_are_stopped():
+    client, server = pair()
+    with pytest.raises(ConnectionFault) as caught:
+        for _ in range(MAX_RESETS + 1):
+            client.connection.cancel(call(client), ErrorCode.CANCEL)
+            server.connection.receive(client.connection.take())
+    assert caught.value.code is ErrorCode.ENHANCE_YOUR_CALM and len(server.resets) == MAX_RESETS
 
 
 def test_more_than_the_windows_allow_is_not_taken():
