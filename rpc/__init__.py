@@ -8,6 +8,8 @@ the same turn of the loop into one write (docs/adr/0015-http2-by-ourselves.md).
     heads.py       header lists of gRPC calls, their statuses and metadata
     messages.py    length-prefixed messages out of DATA frames
     stream.py      one stream's windows and buffers
+    outbox.py      pure: what is sent, within the peer's windows
+    head_reader.py header blocks read with the connection's table
     connection.py  pure: bytes in, events out; both roles
     peer.py        a connection on a socket: flushes once a turn, looks whether the other side is alive
     server.py, call.py    servicers behind a listening socket

@@ -6,41 +6,26 @@ peer can make this side hold is bounded: header blocks, messages, streams, and b
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Protocol, TypeVar
-
-from hpack import Decoder
-from hpack.exceptions import HPACKError
+from typing import Final, Generic, Protocol, TypeVar
 
 from rpc import frames
-from rpc.frames import ErrorCode
+from rpc.frames import ConnectionFault, ErrorCode
+from rpc.head_reader import MAX_HEADER_BYTES, HeadReader
 from rpc.heads import Header
 from rpc.messages import BadMessage
+from rpc.outbox import Outbox
 from rpc.stream import Stream
 
-MAX_HEADER_BYTES: Final = 64 << 10
 STREAM_WINDOW_BYTES: Final = 1 << 20
 CONNECTION_WINDOW_BYTES: Final = 16 << 20
-MAX_KEPT_HEADS: Final = 256
 MAX_RESETS: Final = 10_000
 """By the peer, until `num_resets` is put back: calls that are begun and given up cost their servicer something each
 (CVE-2023-44487)."""
 
-# It would write every header it reads into a debug log, credentials too.
-logging.getLogger("hpack").setLevel(logging.WARNING)
-
 HeadT = TypeVar("HeadT")
 HeadT_contra = TypeVar("HeadT_contra", contravariant=True)
-
-
-class ConnectionFault(Exception):
-    """The peer broke the protocol, or this side gives the connection up."""
-
-    def __init__(self, code: ErrorCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
 
 
 class Observer(Protocol[HeadT_contra]):
@@ -95,26 +80,20 @@ class Connection(Generic[HeadT]):
         self.is_going_away = False
         self.num_replies = 0  # to frames that no window holds back
         self.num_resets = 0
-        self.gathered_bytes = 0  # that were not taken
         self._is_client = is_client
         self._observer = observer
-        self._parse = parse
         self._limits = limits
-        self._out: list[bytes] = []
+        self._outbox = Outbox(observer.output, self._forget_if_done, observer.writable)
         self._buffer = b""
         self._awaits_preface = not is_client
         self._awaits_settings = True
-        self._decoder = Decoder(max_header_list_size=MAX_HEADER_BYTES)
-        self._kept_heads: dict[bytes, HeadT] = {}
+        self._heads = HeadReader(parse)
         self._block: bytearray | None = None  # of the headers that are not whole, with their stream and flags
         self._block_of = (0, 0)
         self._last_stream_id = 0
         self._next_stream_id = 1
-        self._send_window = frames.DEFAULT_WINDOW_BYTES
-        self._stream_send_window = frames.DEFAULT_WINDOW_BYTES
         self._receive_window = CONNECTION_WINDOW_BYTES
         self._uncredited = 0
-        self._blocked: dict[int, Stream] = {}
         self._take_frame = {
             frames.DATA: self._on_data,
             frames.HEADERS: self._on_headers,
@@ -136,62 +115,45 @@ class Connection(Generic[HeadT]):
             frames.MAX_HEADER_LIST_SIZE: MAX_HEADER_BYTES,
         }
         if self._is_client:
-            self._emit(frames.PREFACE)
+            self._outbox.add(frames.PREFACE)
             values[frames.ENABLE_PUSH] = 0
         else:
             values[frames.MAX_CONCURRENT_STREAMS] = self._limits.max_streams
-        self._emit(frames.settings(values))
-        self._emit(frames.window_update(0, CONNECTION_WINDOW_BYTES - frames.DEFAULT_WINDOW_BYTES))
+        self._outbox.add(frames.settings(values))
+        self._outbox.add(frames.window_update(0, CONNECTION_WINDOW_BYTES - frames.DEFAULT_WINDOW_BYTES))
 
     def take(self) -> bytes:
         """All that is to be written to the socket."""
-        data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-        self._out.clear()
-        self.gathered_bytes = 0
-        return data
+        return self._outbox.take()
+
+    @property
+    def gathered_bytes(self) -> int:
+        """What was not taken."""
+        return self._outbox.num_bytes
 
     def begin(self, block: bytes) -> Stream:
         """A client's new stream, with its headers."""
         stream = self._new_stream(self._next_stream_id)
         self._next_stream_id += 2
-        self._emit(frames.headers(stream.id, block, False))
+        self._outbox.add(frames.headers(stream.id, block, False))
         return stream
 
     def send_headers(self, stream: Stream, block: bytes, ends: bool = False) -> None:
         """A response's headers or trailers, behind what waits on the stream."""
-        if stream.is_local_done:
-            return
-        if stream.pending:
-            stream.wait_with(block, ends, True)
-        else:
-            self._emit_headers(stream, block, ends)
+        self._outbox.headers(stream, block, ends)
 
     def send_message(self, stream: Stream, message: bytes) -> None:
         """A message, now or as soon as the peer has room for it."""
-        if stream.is_local_done:
-            return
-        size = len(message) + 5
-        if size <= min(stream.send_window, self._send_window, frames.MAX_FRAME_BYTES) and not stream.pending:
-            stream.send_window -= size
-            self._send_window -= size
-            self._emit(frames.message_frame(stream.id, message))
-            return
-        stream.wait_with(b"\0" + len(message).to_bytes(4, "big") + message, False, False)
-        self._flush(stream)
+        self._outbox.message(stream, message)
 
     def half_close(self, stream: Stream) -> None:
         """A client has sent all."""
-        if stream.pending:
-            stream.wait_with(b"", True, False)
-        elif not stream.is_local_done:
-            stream.is_local_done = True
-            self._emit(frames.frame(frames.DATA, frames.END_STREAM, stream.id))
-            self._forget_if_done(stream)
+        self._outbox.end(stream)
 
     def cancel(self, stream: Stream, code: ErrorCode) -> None:
         """Ends a stream at once, and forgets it."""
         if self._forget(stream):
-            self._emit(frames.rst_stream(stream.id, code))
+            self._outbox.add(frames.rst_stream(stream.id, code))
 
     def pause(self, stream: Stream) -> None:
         """Lets the peer send no more on the stream than it may already."""
@@ -204,57 +166,12 @@ class Connection(Generic[HeadT]):
 
     def ping(self) -> None:
         """Asks whether the peer is there."""
-        self._emit(frames.frame(frames.PING, 0, 0, b"headrace"))
+        self._outbox.add(frames.frame(frames.PING, 0, 0, b"headrace"))
 
     def go_away(self, code: ErrorCode = ErrorCode.NO_ERROR, reason: str = "") -> None:
         """Takes no new streams, and says so."""
         self.is_going_away = True
-        self._emit(frames.goaway(self._last_stream_id, code, reason))
-
-    def _emit(self, data: bytes) -> None:
-        self._out.append(data)
-        self.gathered_bytes += len(data)
-        if len(self._out) == 1:
-            self._observer.output()
-
-    def _emit_headers(self, stream: Stream, block: bytes, ends: bool) -> None:
-        self._emit(frames.headers(stream.id, block, ends))
-        if ends:
-            stream.is_local_done = True
-            self._forget_if_done(stream)
-
-    def _flush(self, stream: Stream) -> None:
-        """Sends what the windows allow of what waits."""
-        while stream.pending:
-            data, ends, is_headers = stream.pending[0]
-            if is_headers:
-                stream.pending.popleft()
-                stream.pending_bytes -= len(data)
-                self._emit_headers(stream, data, ends)
-                continue
-            room = min(stream.send_window, self._send_window, frames.MAX_FRAME_BYTES)
-            if room <= 0 and data:
-                self._blocked[stream.id] = stream
-                return
-            piece, rest = data[:room], data[room:]
-            stream.pending.popleft()
-            stream.pending_bytes -= len(piece)
-            stream.send_window -= len(piece)
-            self._send_window -= len(piece)
-            if rest:
-                stream.pending.appendleft((rest, ends, False))
-                self._emit(frames.frame(frames.DATA, 0, stream.id, piece))
-            else:
-                stream.is_local_done = stream.is_local_done or ends
-                self._emit(frames.frame(frames.DATA, frames.END_STREAM if ends else 0, stream.id, piece))
-                self._forget_if_done(stream)
-        self._blocked.pop(stream.id, None)
-
-    def _flush_blocked(self, streams: Iterable[Stream]) -> None:
-        for stream in streams:
-            self._flush(stream)
-            if not stream.pending and stream.id in self.streams:
-                self._observer.writable(stream)
+        self._outbox.add(frames.goaway(self._last_stream_id, code, reason))
 
     # --- what comes --------------------------------------------------------------------------------------
 
@@ -305,7 +222,7 @@ class Connection(Generic[HeadT]):
         if self._receive_window < 0:
             raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
         if self._uncredited >= CONNECTION_WINDOW_BYTES // 2:
-            self._emit(frames.window_update(0, self._uncredited))
+            self._outbox.add(frames.window_update(0, self._uncredited))
             self._receive_window += self._uncredited
             self._uncredited = 0
         stream = self.streams.get(stream_id)
@@ -318,7 +235,7 @@ class Connection(Generic[HeadT]):
         if stream.is_local_done and not self._is_client:
             # The answer did not depend on what the client had yet to say (RFC 9113, section 8.1).
             if self._forget(stream) and not flags & frames.END_STREAM:
-                self._emit(frames.rst_stream(stream_id, ErrorCode.NO_ERROR))
+                self._outbox.add(frames.rst_stream(stream_id, ErrorCode.NO_ERROR))
             return
         stream.receive_window -= size
         stream.uncredited += size
@@ -345,7 +262,7 @@ class Connection(Generic[HeadT]):
 
     def _credit(self, stream: Stream) -> None:
         if stream.uncredited and stream.id in self.streams and not stream.is_remote_done:
-            self._emit(frames.window_update(stream.id, stream.uncredited))
+            self._outbox.add(frames.window_update(stream.id, stream.uncredited))
             stream.receive_window += stream.uncredited
             stream.uncredited = 0
 
@@ -370,7 +287,7 @@ class Connection(Generic[HeadT]):
             self._take_block(stream_id, first_flags, block)
 
     def _take_block(self, stream_id: int, flags: int, block: bytes) -> None:
-        head = self._head(block)  # read in any case: blocks change the table that later ones are read with
+        head = self._heads.read(block)  # of whatever stream
         stream = self.streams.get(stream_id)
         ends = bool(flags & frames.END_STREAM)
         if stream is not None:
@@ -394,30 +311,13 @@ class Connection(Generic[HeadT]):
         if stream_id % 2 == 0:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a client's streams have odd numbers")
         if self.is_going_away:
-            self._emit(frames.rst_stream(stream_id, ErrorCode.REFUSED_STREAM))
+            self._outbox.add(frames.rst_stream(stream_id, ErrorCode.REFUSED_STREAM))
             return None
         self._last_stream_id = stream_id
         if len(self.streams) >= self._limits.max_streams:
-            self._emit(frames.rst_stream(stream_id, ErrorCode.REFUSED_STREAM))
+            self._outbox.add(frames.rst_stream(stream_id, ErrorCode.REFUSED_STREAM))
             return None
         return self._new_stream(stream_id)
-
-    def _head(self, block: bytes) -> HeadT:
-        known = self._kept_heads.get(block)
-        if known is not None:
-            return known
-        try:
-            headers: Any = self._decoder.decode(block, raw=True)
-        except HPACKError as error:
-            raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, f"bad header block: {error}") from None
-        head = self._parse(headers)
-        # Made of nothing but references into the table: it reads the same until the table changes.
-        if block and min(block) > 0x80 and max(block) < 0xFF:
-            if len(self._kept_heads) < MAX_KEPT_HEADS:
-                self._kept_heads[block] = head
-        else:
-            self._kept_heads.clear()
-        return head
 
     def _end_remote(self, stream: Stream) -> None:
         if not stream.reader.is_between_messages:
@@ -446,20 +346,13 @@ class Connection(Generic[HeadT]):
             raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, str(error)) from None
         for name, value in values:
             if name == frames.INITIAL_WINDOW_SIZE:
-                self._resize_windows(value)
+                self._outbox.resize(value, self.streams.values())
             elif name == frames.MAX_CONCURRENT_STREAMS:
                 self.peer_max_streams = value
         # Before anything that was waiting for it: the peer counts by the new sizes from here on.
         self.num_replies += 1
-        self._emit(frames.frame(frames.SETTINGS, frames.ACK, 0))
-        self._flush_blocked(tuple(self._blocked.values()))
-
-    def _resize_windows(self, value: int) -> None:
-        if value > frames.MAX_WINDOW_BYTES:
-            raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "the initial window is too large")
-        grown, self._stream_send_window = value - self._stream_send_window, value
-        for stream in self.streams.values():
-            stream.send_window += grown
+        self._outbox.add(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        self._outbox.send_blocked()
 
     def _on_push_promise(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
         raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "nothing may be pushed")
@@ -471,7 +364,7 @@ class Connection(Generic[HeadT]):
             self._observer.pong()
         else:
             self.num_replies += 1
-            self._emit(frames.frame(frames.PING, frames.ACK, 0, payload))
+            self._outbox.add(frames.frame(frames.PING, frames.ACK, 0, payload))
 
     def _on_goaway(self, _flags: int, _stream_id: int, payload: bytes) -> None:
         last_stream_id = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
@@ -482,26 +375,20 @@ class Connection(Generic[HeadT]):
         if len(payload) != 4 or not grown:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a WINDOW_UPDATE of nothing")
         if stream_id == 0:
-            self._send_window += grown
-            if self._send_window > frames.MAX_WINDOW_BYTES:
-                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "the connection's window is too large")
-            self._flush_blocked(tuple(self._blocked.values()))
+            self._outbox.grow(grown)
             return
         stream = self.streams.get(stream_id)
         if stream is None:
             self._check_known(stream_id)
             return
-        stream.send_window += grown
-        if stream.send_window > frames.MAX_WINDOW_BYTES:
+        if not self._outbox.grow_stream(stream, grown):
             self._reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
-        elif stream.pending:
-            self._flush_blocked((stream,))
 
     # --- streams -----------------------------------------------------------------------------------------
 
     def _new_stream(self, stream_id: int) -> Stream:
         stream = Stream(
-            stream_id, self._stream_send_window, STREAM_WINDOW_BYTES, self._limits.max_message_bytes
+            stream_id, self._outbox.stream_window, STREAM_WINDOW_BYTES, self._limits.max_message_bytes
         )
         self.streams[stream_id] = stream
         return stream
@@ -515,7 +402,7 @@ class Connection(Generic[HeadT]):
     def _reset(self, stream: Stream, code: ErrorCode) -> None:
         """The peer broke the protocol on one stream."""
         if self._forget(stream):
-            self._emit(frames.rst_stream(stream.id, code))
+            self._outbox.add(frames.rst_stream(stream.id, code))
             self._observer.reset(stream, code)
 
     def _forget_if_done(self, stream: Stream) -> None:
@@ -523,10 +410,7 @@ class Connection(Generic[HeadT]):
             self._forget(stream)
 
     def _forget(self, stream: Stream) -> bool:
-        self._blocked.pop(stream.id, None)
-        stream.pending.clear()
-        stream.pending_bytes = 0
-        stream.is_local_done = True
+        self._outbox.forget(stream)
         return self.streams.pop(stream.id, None) is not None
 
 

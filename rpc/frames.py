@@ -61,6 +61,14 @@ class ErrorCode(IntEnum):
     HTTP_1_1_REQUIRED = 13
 
 
+class ConnectionFault(Exception):
+    """The peer broke the protocol, or this side gives the connection up."""
+
+    def __init__(self, code: ErrorCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
 def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
     """Any frame. `payload`: at most MAX_FRAME_BYTES."""
     length = len(payload)

@@ -8,7 +8,8 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import Final, Generic, TypeVar, cast
 
-from rpc.connection import Connection, ConnectionFault, Limits
+from rpc.connection import Connection, Limits
+from rpc.frames import ConnectionFault
 from rpc.heads import Header
 from rpc.messages import BadMessage
 from rpc.stream import Stream

@@ -19,7 +19,6 @@ class Stream:
         "is_remote_done",
         "owner",
         "pending",
-        "pending_bytes",
         "reader",
         "receive_window",
         "send_window",
@@ -35,11 +34,9 @@ class Stream:
         self.is_local_done = False
         self.is_remote_done = False
         self.pending: deque[tuple[bytes, bool, bool]] = deque()
-        self.pending_bytes = 0
         self.reader = MessageReader(max_message_bytes)
         self.owner: Any = None
 
     def wait_with(self, data: bytes, ends: bool, is_headers: bool) -> None:
         """Keeps what cannot be sent yet."""
         self.pending.append((data, ends, is_headers))
-        self.pending_bytes += len(data)

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from rpc import frames, heads
 from rpc.connection import (
     CONNECTION_WINDOW_BYTES,
-    MAX_HEADER_BYTES,
     MAX_RESETS,
     STREAM_WINDOW_BYTES,
     Connection,
-    ConnectionFault,
     Limits,
 )
-from rpc.frames import ErrorCode
+from rpc.frames import ConnectionFault, ErrorCode
+from rpc.head_reader import MAX_HEADER_BYTES
 from rpc.heads import RequestHead
 
 pytestmark = pytest.mark.unit
