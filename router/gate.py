@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from router.core.failures import Code, Failure, Stage
 from router.core.placement import Placement, Wait, WaitCause
-from router.core.queue import TokenQueue
+from router.core.queue import ANSWER_TOKEN_PRICE, MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, TokenQueue
+from router.core.shares import Shares
 from router.core.shedding import Shedder
 from router.core.tenants import Tenant, TenantLimits
 from router.placer import Placer
@@ -33,6 +34,7 @@ class Gate:
         self._shedder = shedder
         self._placer = placer
         self._clock = clock
+        self._shares: dict[int, Shares] = {}  # by priority
 
     def admit(self, request: Request) -> Failure | None:
         """Lets a request into the queue, or says why not."""
@@ -44,15 +46,42 @@ class Gate:
         if refusal is not None:
             return _exhausted(refusal.cause, refusal.message, refusal.retry_after_s)
         request.is_counted = True
-        decision = self._placer.place(request)
-        request.choice = decision if isinstance(decision, Placement) else None
-        failure = (
-            self._no_place(decision) or self._late(request, tenant, now) or self._full(request, tenant, now)
-        )
-        if failure is not None:
+        shares = self._shares_of(request.priority)
+        shares.asked(tenant.name, tenant.weight, num_tokens, now)
+        failure = self._ahead(shares, tenant, now) or self._not_now(request, tenant, now)
+        if failure is None:
+            shares.admitted(tenant.name, num_tokens)
+        else:
+            if failure.code is Code.RESOURCE_EXHAUSTED:
+                shares.refused()
             request.is_counted = False
             self._limits.withdrawn(tenant.name, num_tokens, now)
         return failure
+
+    def _not_now(self, request: Request, tenant: Tenant, now: float) -> Failure | None:
+        """Puts a request into the queue, or says why that cannot be."""
+        decision = self._placer.place(request)
+        request.choice = decision if isinstance(decision, Placement) else None
+        return (
+            self._no_place(decision) or self._late(request, tenant, now) or self._full(request, tenant, now)
+        )
+
+    def _shares_of(self, priority: int) -> Shares:
+        return self._shares.setdefault(priority, Shares())
+
+    def _ahead(self, shares: Shares, tenant: Tenant, now: float) -> Failure | None:
+        """Holds back who is ahead of its share, where a service level keeps the line too short to share by."""
+        if not self._shedder.has_service_level:
+            return None
+        debt_tokens = shares.debt_tokens(tenant.name, now)
+        if not debt_tokens:
+            return None
+        rate = self._queue.service_rate or debt_tokens
+        return _exhausted(
+            "AHEAD_OF_SHARE",
+            f"tenant {tenant.name!r} was served more than its weight's share while others were turned away",
+            min(max(debt_tokens / rate, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
+        )
 
     def let_in(self, request: Request) -> None:
         """A request that another router had admitted goes on here: it neither waits nor is refused."""
@@ -70,8 +99,10 @@ class Gate:
 
     def tokens_came(self, request: Request, num_tokens: int) -> None:
         """An answer has grown; with its first token the prediction is held against what happened."""
-        if request.entry is not None:
-            self._queue.served(request.entry.tenant, num_tokens, request.entry.priority)
+        entry = request.entry
+        if entry is not None:
+            self._queue.served(entry.tenant, num_tokens, entry.priority)
+            self._shares_of(entry.priority).answered(entry.tenant, num_tokens * ANSWER_TOKEN_PRICE)
         if request.forecast is not None:
             self._shedder.observed(request.forecast, self._clock() - request.arrived_s)
             request.forecast = None

@@ -121,6 +121,11 @@ class Shedder:
         # What higher classes bring later is all in the lower ones' error, so each learns for itself.
         self._corrections: dict[int, Correction] = {}
 
+    @property
+    def has_service_level(self) -> bool:
+        """Whether more is judged than deadlines."""
+        return self._slo_s is not None
+
     def forecast(
         self,
         num_tokens: int,

@@ -1,4 +1,4 @@
-"""Queue and shedder in a simulated minute: a server of fixed speed, three tenants, a clock that is set by hand.
+"""Queue, shares and shedder in a simulated minute: a server of fixed speed, three tenants, a clock that is set by hand.
 
 Prompts come at random (Poisson) with log-normal lengths. The server reads one after the other; its answers come
 over the two seconds after the first token and are charged to the tenants.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from router.core.queue import ANSWER_TOKEN_PRICE, TokenQueue
+from router.core.shares import Shares
 from router.core.shedding import Shedder
 
 pytestmark = pytest.mark.unit
@@ -33,13 +34,16 @@ class Minute:
     servers: int = 1
     answer_tokens: int = 0
     slowness: float = 1.0  # of the real server, to what placement predicts
+    slo_s: float = SLO_S
+    offered: str = "abc"  # one letter is drawn for each request
     refused: int = 0
     ttft_s: list[float] = field(default_factory=list)
     service: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WEIGHTS, 0.0))
 
     def __post_init__(self):
         self.queue = TokenQueue(1 << 20)
-        self.shedder = Shedder(SLO_S)
+        self.shedder = Shedder(self.slo_s)
+        self.shares = Shares()
         self.free = self.servers
         self.forecasts = {}
         self.requests = self.arrivals()
@@ -57,23 +61,31 @@ class Minute:
             if now > MINUTE_S:
                 return requests
             length = min(max(int(chance.lognormvariate(middle, SPREAD)), 1), LONGEST_PROMPT)
-            requests.append((now, chance.choice("abc"), length))
+            requests.append((now, chance.choice(self.offered), length))
 
     def arrive(self, key, arrival_s, tenant, length):
         weight = WEIGHTS[tenant]
         placed_s = length / TOKENS_PER_S * self.servers
+        self.shares.asked(tenant, weight, length, self.now)
         ahead = self.queue.ahead(tenant, 0, weight)
         forecast = self.shedder.forecast(length, ahead, self.queue.service_rate, placed_s, placed_s)
-        if self.shedder.judge(forecast, remaining_s=600) is not None:
+        if (
+            self.shares.debt_tokens(tenant, self.now)
+            or self.shedder.judge(forecast, remaining_s=600) is not None
+        ):
+            self.shares.refused()
             self.refused += 1
             return
+        self.shares.admitted(tenant, length)
         assert self.queue.offer(key, length, self.now + 600, self.now, tenant, 0, weight) is None
         self.forecasts[key] = forecast
         self.pump()
 
     def first_token(self, key, arrival_s, tenant, length):
         self.free += 1
-        if length / TOKENS_PER_S * self.servers <= SLO_S:  # else it could not meet the service level anyhow
+        if (
+            length / TOKENS_PER_S * self.servers <= self.slo_s
+        ):  # else it could not meet the service level anyhow
             self.ttft_s.append(self.now - arrival_s)
         self.shedder.observed(self.forecasts[key], self.now - arrival_s)
         self.count(tenant, length)
@@ -83,6 +95,7 @@ class Minute:
 
     def answer(self, key, arrival_s, tenant, length):
         self.queue.served(tenant, 10)
+        self.shares.answered(tenant, 10 * ANSWER_TOKEN_PRICE)
         self.count(tenant, 10 * ANSWER_TOKEN_PRICE)
 
     def count(self, tenant, tokens):
@@ -99,7 +112,7 @@ class Minute:
     @property
     def goodput(self):
         """Requests within the service level."""
-        return sum(1 for seconds in self.ttft_s if seconds <= SLO_S)
+        return sum(1 for seconds in self.ttft_s if seconds <= self.slo_s)
 
     @property
     def p99_s(self):
@@ -140,3 +153,25 @@ def test_a_cluster_half_as_fast_as_placement_thinks_is_found_out():
     overloaded = Minute(3.0, 0, slowness=2.0)
     assert overloaded.goodput >= 0.97 * len(overloaded.ttft_s)
     assert all(overloaded.share(tenant) == pytest.approx(1, abs=0.1) for tenant in WEIGHTS)
+
+
+@pytest.mark.parametrize("slo_s", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_shares_hold_where_hardly_anything_may_wait(slo_s, seed):
+    overloaded = Minute(3.0, seed, answer_tokens=20, slo_s=slo_s)
+    at_capacity = Minute(1.0, seed, answer_tokens=20, slo_s=slo_s)
+    assert all(overloaded.share(tenant) == pytest.approx(1, abs=0.1) for tenant in WEIGHTS)
+    assert overloaded.goodput >= 0.9 * at_capacity.goodput
+
+
+@pytest.mark.parametrize("offered", ["aaaaaaaaaabc", "abcccccccccc"])
+def test_a_tenant_that_asks_for_ten_times_as_much_does_not_crowd_out_the_others(offered):
+    overloaded = Minute(3.0, 0, slo_s=0.25, offered=offered)
+    few = min("abc", key=offered.count)
+    assert overloaded.share(few) > 0.7
+
+
+def test_a_tenant_alone_is_never_held_back():
+    alone = Minute(3.0, 0, slo_s=0.25, offered="a")
+    assert alone.shares.debt_tokens("a", alone.now) == 0
+    assert alone.goodput >= Minute(3.0, 0, slo_s=0.25).goodput

@@ -1,0 +1,142 @@
+"""Who is ahead of its weight's share while others are turned away.
+
+A line shares by weight what waits in it (`queue`). With a service level of a few service times hardly anything may
+wait: whoever meets an empty line gets in, and what is served follows what is asked, not the weights. So a ledger
+follows the line that would be if nobody were refused: each time something is served, as many tokens are credited, by
+weight, to those who asked lately, as far as they asked. A tenant's balance is what it was credited less what it was
+served. Who is in debt is held back while somebody with a credit asks; nobody else is, and nothing is held back
+before a good part of all requests is refused: until then to serve whoever comes is worth more.
+
+This is weighted max-min fairness with what was really served as its capacity: to whom less was offered than is due
+the rest goes. Balances sum to zero, fade, and are of the requests of one priority. Pure; `now` in seconds.
+"""
+
+import math
+from dataclasses import dataclass
+
+FADE_S = 20.0
+ASKED_LATELY_S = 3.0
+"""How fast what was asked, and not served, is forgotten."""
+ASKING_S = 1.0
+MANY_REFUSED = 0.3
+NUM_REQUESTS = 64  # over which the part that is refused is averaged
+NUM_ALLOWED = 0.5
+"""Debt in requests of mean size: they come whole."""
+MAX_TENANTS = 1024
+MIN_TOKENS = 1e-3
+MAX_ROUNDS = 4
+
+
+@dataclass(slots=True)
+class _Account:
+    weight: float
+    balance: float = 0.0
+    asked: float = 0.0
+    asked_at_s: float = -math.inf
+
+
+class Shares:
+    """One class of priority."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, _Account] = {}
+        self._refused_part = 0.0
+        self._mean_tokens = 0.0  # of a prompt
+        self._prompt_tokens = self._answer_tokens = 0.0  # served of late
+        self._now = 0.0
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether enough is refused that it matters who gets in."""
+        return self._refused_part > MANY_REFUSED / 2
+
+    def debt_tokens(self, tenant: str, now: float) -> float:
+        """How far a tenant is beyond what it may be ahead while others, who are behind, ask; 0 where it may go on."""
+        account = self._accounts.get(tenant)
+        if account is None or self._refused_part < MANY_REFUSED:
+            return 0.0
+        debt = -account.balance - NUM_ALLOWED * self._mean_tokens * self._price
+        if debt <= 0 or not any(
+            other.balance > 0 and now - other.asked_at_s < ASKING_S for other in self._accounts.values()
+        ):
+            return 0.0
+        return debt
+
+    def asked(self, tenant: str, weight: float, num_tokens: int, now: float) -> None:
+        """A request has come, whatever becomes of it."""
+        change = num_tokens - self._mean_tokens
+        self._mean_tokens = self._mean_tokens + change / NUM_REQUESTS if self._mean_tokens else num_tokens
+        if not self.is_watching:
+            return
+        self._fade(now)
+        account = self._accounts.get(tenant)
+        if account is None:
+            if len(self._accounts) >= MAX_TENANTS:
+                self._drop_quietest()
+            account = self._accounts[tenant] = _Account(weight)
+        account.weight, account.asked_at_s = weight, now
+        account.asked += num_tokens * self._price
+
+    def refused(self) -> None:
+        """It was turned away."""
+        self._refused_part += (1.0 - self._refused_part) / NUM_REQUESTS
+
+    def admitted(self, tenant: str, num_tokens: int) -> None:
+        """It was let in, and its prompt will be served."""
+        self._refused_part -= self._refused_part / NUM_REQUESTS
+        if not self.is_watching:
+            self._accounts.clear()
+            self._prompt_tokens = self._answer_tokens = 0.0
+            return
+        self._prompt_tokens += num_tokens
+        self._served(tenant, num_tokens)
+
+    def answered(self, tenant: str, num_tokens: float) -> None:
+        """Tokens of an answer came, at their price."""
+        if self.is_watching:
+            self._answer_tokens += num_tokens
+            self._served(tenant, num_tokens)
+
+    @property
+    def _price(self) -> float:
+        """What is served for each token of a prompt, answers counted."""
+        return 1.0 + self._answer_tokens / self._prompt_tokens if self._prompt_tokens > MIN_TOKENS else 1.0
+
+    def _served(self, tenant: str, num_tokens: float) -> None:
+        """As many tokens are credited to all as were served to one."""
+        account = self._accounts.get(tenant)
+        if account is not None:
+            left = self._credit(num_tokens)  # its own account may be credited, so not in one expression
+            account.balance += left - num_tokens
+
+    def _credit(self, num_tokens: float) -> float:
+        """Credits tokens by weight to those who asked; what is left over where they asked for less."""
+        for _ in range(MAX_ROUNDS):
+            asking = [account for account in self._accounts.values() if account.asked > MIN_TOKENS]
+            weight = sum(account.weight for account in asking)
+            if not asking or num_tokens < MIN_TOKENS:
+                return num_tokens
+            left = 0.0
+            for account in asking:
+                due = num_tokens * account.weight / weight
+                taken = min(due, account.asked)
+                account.asked -= taken
+                account.balance += taken
+                left += due - taken
+            num_tokens = left
+        return num_tokens
+
+    def _fade(self, now: float) -> None:
+        passed_s, self._now = max(0.0, now - self._now), max(now, self._now)
+        kept, kept_asked = math.exp(-passed_s / FADE_S), math.exp(-passed_s / ASKED_LATELY_S)
+        self._prompt_tokens *= kept
+        self._answer_tokens *= kept
+        for account in self._accounts.values():
+            account.balance *= kept
+            account.asked *= kept_asked
+
+    def _drop_quietest(self) -> None:
+        quietest = min(self._accounts, key=lambda tenant: self._accounts[tenant].asked_at_s)
+        lost = self._accounts.pop(quietest).balance
+        for account in self._accounts.values():
+            account.balance += lost / len(self._accounts)
