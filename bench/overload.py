@@ -34,7 +34,7 @@ WEIGHTS = {"small": 1.0, "middle": 2.0, "large": 4.0}
 SLO_TIMES_IDLE = 5.0
 OVERLOAD = 3.0
 SATURATING = 8
-STEPS = (0.6, 0.8, 1.0, 1.2)
+STEPS = (0.6, 0.8, 1.0, 1.25, 1.5)
 """Of the rate in a closed loop."""
 SECONDS = 60.0
 SEED = 20

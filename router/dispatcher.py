@@ -306,9 +306,7 @@ class Dispatcher:
             request.lifecycle.move(RequestState.DECODING, self._clock())
         self._placer.prefilled(request)
 
-    def _take(
-        self, ref: WorkerRef, request: Request, output: worker_pb2.ChoiceOutput, now: float
-    ) -> bool:
+    def _take(self, ref: WorkerRef, request: Request, output: worker_pb2.ChoiceOutput, now: float) -> bool:
         """Books one choice's news; False where there was none for the listeners."""
         delta = output.delta
         if request.lease is None or delta.choice >= len(request.answer.choices):

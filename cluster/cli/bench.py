@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import signal
+import sys
 from typing import Annotated, Protocol, cast
 
 import typer
@@ -112,6 +114,8 @@ def bench(
     benchmark = cast(Benchmark, importlib.import_module(f"bench.{name}"))
     given = {"link": link, "compare": compare, "quick": "yes" if quick else "", "trace": trace, **chaos}
     given["seconds"] = "" if seconds is None else str(seconds)
+    # As Ctrl-C: whatever the benchmark started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     report = benchmark.run(err, **{key: value for key, value in given.items() if value})
     if json:
         out.print(report.to_json(), markup=False, soft_wrap=True)
