@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/headrace/v1/*.proto)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo up down test test-all chaos chaos-long equality fuzz leases-long nixl-test lint format protos clean
+.PHONY: help setup model demo up down test test-all chaos chaos-long equality fuzz leases-long nixl-test gcs-test lint format protos clean
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,10 @@ leases-long: $(STAMP)  ## 30,000 stories of leases under fire (about an hour)
 nixl-test: $(STAMP)  ## install the extra `nixl` (CPU is enough) and run its tests
 	@$(BIN)/pip install --quiet -c constraints.txt --no-deps nixl nixl-cu12
 	@$(BIN)/python -m pytest tests/integration/test_carriers_nixl.py tests/integration/test_kvtransfer_carriers.py
+
+gcs-test: $(STAMP)  ## kill Ray's GCS under running answers, with its tables in files and in Redis (needs redis-server)
+	@command -v redis-server >/dev/null || { echo "redis-server is missing: apt-get install redis-server"; exit 1; }
+	@$(BIN)/python -m pytest tests/chaos/test_gcs.py
 
 lint: $(STAMP)  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .

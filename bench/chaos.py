@@ -1,6 +1,6 @@
 """Does a cluster lose, repeat or change a token, whatever is done to it?
 
-2P2D with a router and a store, real processes and sockets, fidelity exact. Round after round a load is answered
+2P2D with two routers and a store, real processes and sockets, fidelity exact. Round after round a load is answered
 undisturbed, and then again, as another tenant, under faults that a seed chose (`bench.chaos_plan`): processes killed
 and stopped, links cut, slowed and corrupted, a full disk, clocks that jump, messages that come twice and late, clients
 that vanish. Answers are compared token for token; afterwards nothing may be held, and nothing may have outlived its

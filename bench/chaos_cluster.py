@@ -1,9 +1,9 @@
-"""A cluster made to be broken: 2P2D, a router and a store, each a process of its own, with relays between them.
+"""A cluster made to be broken: 2P2D, two routers and a store, each a process of its own, with relays between them.
 
 A small supervisor in place of Ray's: it starts a process again, as a new incarnation, a moment after it has died. What
 it adds is that every process can be stopped, woken and spoken to, and that every link goes through a relay.
 
-    clients ──relay──▶ router ──relay──▶ worker ◀──relay── workers (KV: pushes, fetches, carrier tcp)
+    clients ──relay──▶ routers ──relay──▶ worker ◀──relay── workers (KV: pushes, fetches, carrier tcp)
                          ▲                 │
                          └─────relay───────┘ (Register)        workers ── store (a socket in the file system)
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.chaos_member import Member
-from bench.chaos_plan import DECODE, PREFILL, ROUTER, STORE, WORKERS, Limits
+from bench.chaos_plan import DECODE, PREFILL, ROUTERS, STORE, WORKERS, Limits
 from bench.chaos_relay import Relay
 from bench.chaos_settings import RouterSettings, StoreSettings, WorkerSettings
 from router.config import RouterConfig
@@ -48,16 +48,17 @@ class ClusterSizes:
 
 @dataclass(slots=True)
 class WorkerRelays:
-    """Of one worker: what the router dials, what workers dial for KV and for carrier tcp, and what it registers by."""
+    """Of one worker: what the routers dial, what workers dial for KV and for carrier tcp, and what it registers by
+    with each router."""
 
     control: Relay
     kv: Relay
-    register: Relay
+    register: dict[str, Relay]
     tcp: Relay | None = None
 
-    def of_router(self) -> list[Relay]:
-        """Both ways between it and the router."""
-        return [self.control, self.register]
+    def of_routers(self) -> list[Relay]:
+        """Both ways between it and the routers."""
+        return [self.control, *self.register.values()]
 
     def of_kv(self) -> list[Relay]:
         """All ways of KV into it, and out of it where others fetch."""
@@ -74,20 +75,23 @@ class ChaosCluster:
     rng: random.Random
     members: dict[str, Member] = field(default_factory=dict)
     relays: dict[str, WorkerRelays] = field(default_factory=dict)
-    clients: Relay = field(init=False)
-    router_address: str = ""
+    clients: dict[str, Relay] = field(default_factory=dict)
+    """What clients dial, by router."""
+    router_addresses: dict[str, str] = field(default_factory=dict)
+    """Past the relays."""
     _flipped_before: int = 0
     _opening: set[asyncio.Task[None]] = field(default_factory=set)
     cluster_secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
 
     async def start(self) -> None:
-        """Every process up, and every worker known to the router. Raises ClusterError."""
-        self.clients = await self._relay("127.0.0.1")
+        """Every process up. Raises ClusterError."""
+        for name in ROUTERS:
+            self.clients[name] = await self._relay("127.0.0.1")
         for name in WORKERS:
             self.relays[name] = WorkerRelays(
                 control=await self._relay("127.0.0.1"),
                 kv=await self._relay(KV_HOST.format(WORKERS.index(name) + 1)),
-                register=await self._relay("127.0.0.1"),
+                register={router: await self._relay("127.0.0.1") for router in ROUTERS},
             )
         for name, settings in self._settings():
             member = Member(name, settings, self.directory, self._listener(name))
@@ -99,13 +103,13 @@ class ChaosCluster:
     async def stop(self) -> None:
         """Processes first."""
         await asyncio.gather(*(member.stop() for member in self.members.values()))
-        for relay in (*self.all_relays(), self.clients):
+        for relay in (*self.all_relays(), *self.clients.values()):
             await relay.close()
 
     def all_relays(self) -> Iterator[Relay]:
         """Of workers."""
         for relays in self.relays.values():
-            yield from relays.of_router()
+            yield from relays.of_routers()
             yield from relays.of_kv()
 
     @property
@@ -131,9 +135,10 @@ class ChaosCluster:
 
     def _listener(self, name: str) -> Callable[[dict[str, Any]], None]:
         def heard(said: Mapping[str, Any]) -> None:
-            if name == ROUTER and "control" in said:
-                self.router_address = said["control"]
-                for relay in (self.clients, *(relays.register for relays in self.relays.values())):
+            if name in ROUTERS and "control" in said:
+                self.router_addresses[name] = said["control"]
+                registers = (relays.register[name] for relays in self.relays.values())
+                for relay in (self.clients[name], *registers):
                     relay.target = _split(said["control"])
             elif "control" in said:
                 self.relays[name].control.target = _split(said["control"])
@@ -171,18 +176,19 @@ class ChaosCluster:
                 sizes.disk_bytes,
             ),
         )
-        router = RouterConfig(
-            router_id="router-0",
-            model_name=sizes.model_name,
-            model_dir=sizes.model_dir,
-            cluster_secret=self.cluster_secret,
-            listen="127.0.0.1:0",
-            max_context=sizes.max_context,
-            api_keys=KEYS,
-            link_grace_s=limits.link_grace_s,
-            resume_grace_s=limits.client_grace_s,
-        )
-        yield ROUTER, RouterSettings(router)
+        for name in ROUTERS:
+            router = RouterConfig(
+                router_id=name,
+                model_name=sizes.model_name,
+                model_dir=sizes.model_dir,
+                cluster_secret=self.cluster_secret,
+                listen="127.0.0.1:0",
+                max_context=sizes.max_context,
+                api_keys=KEYS,
+                link_grace_s=limits.link_grace_s,
+                resume_grace_s=limits.client_grace_s,
+            )
+            yield name, RouterSettings(router)
         for name in WORKERS:
             config = WorkerConfig(
                 worker_id=name,
@@ -194,7 +200,7 @@ class ChaosCluster:
                 chunk_tokens=sizes.chunk_tokens,
                 kv_bytes=sizes.kv_bytes,
                 set_aside_bytes=32 << 20,
-                routers=(self.relays[name].register.address,),
+                routers=tuple(relay.address for relay in self.relays[name].register.values()),
                 store_address=store_address,
                 lease_ttl_s=limits.lease_ttl_s,
                 resume_grace_s=limits.resume_grace_s,

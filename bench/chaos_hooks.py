@@ -9,8 +9,7 @@ import asyncio
 import errno
 import os
 import random
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,15 @@ FREE_BYTES = 4096
 """What a disk that is full still takes of a file: a write is torn, not refused."""
 
 
-class JumpingClock:
-    """A monotonic clock that can be set forwards and backwards. Stands in for the module `time` too."""
+@dataclass(slots=True)
+class Jump:
+    """By how much the clocks of a worker are ahead of the machine's; they jump where that changes."""
 
-    def __init__(self) -> None:
-        self.ahead_s = 0.0
+    ahead_s: float = 0.0
 
-    def monotonic(self) -> float:
-        """Seconds."""
-        return time.monotonic() + self.ahead_s
+    def over(self, clock: Callable[[], float]) -> Callable[[], float]:
+        """A clock that is ahead of `clock`."""
+        return lambda: clock() + self.ahead_s
 
 
 class FullDisk(OsFiles):

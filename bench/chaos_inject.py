@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bench.chaos_cluster import ChaosCluster
 from bench.chaos_member import Member
-from bench.chaos_plan import Fault, Kind
+from bench.chaos_plan import ROUTERS, Fault, Kind
 from bench.chaos_relay import FAIR, Relay, Weather
 from bench.chaos_stream import StrictStream
 from cluster.errors import ClusterError
@@ -53,9 +53,11 @@ class Injector:
         async with asyncio.TaskGroup() as lasting:
             for fault in faults:
                 await asyncio.sleep(max(0.0, began_s + fault.at_s - time.monotonic()))
+                # With one router at a time away, whoever knows both has one.
+                for name in ROUTERS if fault.target in ROUTERS else (fault.target,):
+                    if name in self._cluster.members:
+                        await self._until_up(self._cluster.members[name])
                 member = self._cluster.members.get(fault.target)
-                if member is not None:
-                    await self._until_up(member)
                 injected = Injected(fault, time.monotonic())
                 self.done.append(injected)
                 tell(fault)
@@ -142,8 +144,8 @@ class Injector:
 
     def _relays(self, fault: Fault) -> list[Relay]:
         if fault.kind is Kind.CUT_CLIENTS:
-            return [self._cluster.clients]
+            return [self._cluster.clients[fault.target]]
         relays = self._cluster.relays[fault.target]
         if fault.kind in (Kind.CUT_WORKER, Kind.SLOW_WORKER):
-            return relays.of_router()
+            return relays.of_routers()
         return relays.of_kv()

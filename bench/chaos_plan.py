@@ -20,7 +20,7 @@ KILL_CHANCE = 0.7
 PREFILL = ("prefill-0", "prefill-1")
 DECODE = ("decode-0", "decode-1")
 WORKERS = (*PREFILL, *DECODE)
-ROUTER = "router"
+ROUTERS = ("router-0", "router-1")
 STORE = "store"
 
 
@@ -34,15 +34,15 @@ class Kind(StrEnum):
     FREEZE_WORKER = "freeze_worker"  # SIGSTOP, and woken later
     FREEZE_STORE = "freeze_store"
     FREEZE_ROUTER = "freeze_router"
-    CUT_WORKER = "cut_worker"  # between the router and one worker, both ways
+    CUT_WORKER = "cut_worker"  # between the routers and one worker, both ways
     CUT_KV = "cut_kv"  # the way of KV into, and out of, one worker
-    CUT_CLIENTS = "cut_clients"  # between all clients and the router
+    CUT_CLIENTS = "cut_clients"  # between all clients and one router
     SLOW_WORKER = "slow_worker"
     SLOW_KV = "slow_kv"
     CORRUPT_KV = "corrupt_kv"  # bytes of frames are flipped on their way
     FILL_DISK = "fill_disk"  # of the store
     JUMP_CLOCK = "jump_clock"  # of one worker, forwards or backwards
-    REPEAT_MESSAGES = "repeat_messages"  # between the router and one worker, some of them late
+    REPEAT_MESSAGES = "repeat_messages"  # between the routers and one worker, some of them late
     CLIENT_RETURNS = "client_returns"  # breaks its stream in mid-answer and asks again
     CLIENT_VANISHES = "client_vanishes"
 
@@ -60,8 +60,8 @@ _TARGETS = {
     Kind.KILL_PREFILL: PREFILL,
     Kind.KILL_DECODE: DECODE,
     **dict.fromkeys((Kind.KILL_STORE, Kind.FREEZE_STORE, Kind.FILL_DISK), (STORE,)),
-    **dict.fromkeys((Kind.KILL_ROUTER, Kind.FREEZE_ROUTER), (ROUTER,)),
-    **dict.fromkeys((Kind.CLIENT_RETURNS, Kind.CLIENT_VANISHES, Kind.CUT_CLIENTS), ("",)),
+    **dict.fromkeys((Kind.KILL_ROUTER, Kind.FREEZE_ROUTER, Kind.CUT_CLIENTS), ROUTERS),
+    **dict.fromkeys((Kind.CLIENT_RETURNS, Kind.CLIENT_VANISHES), ("",)),
 }
 CARRIERS = ("tcp", "inline")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from bench.chaos_cluster import DISTURBED, UNDISTURBED, ChaosCluster
 from bench.chaos_inject import Injected, Injector
 from bench.chaos_load import Conversation, Turn
-from bench.chaos_plan import WORKERS, Fault
+from bench.chaos_plan import STORE, WORKERS, Fault
 from bench.chaos_stream import Clients, StrictStream
 from bench.chaos_verdict import ChoiceSeen, End, Outcome, Tally, judge, recoveries
 from cluster.errors import ClusterError
@@ -84,11 +84,15 @@ class Round:
         self.result.tally.crashes = self._cluster.num_crashes - crashes_before
         return self.result
 
+    @property
+    def _addresses(self) -> list[str]:
+        return [relay.address for relay in self._cluster.clients.values()]
+
     # --- the load ------------------------------------------------------------------------------
 
     async def _undisturbed(self) -> list[list[Expected]]:
         """Each conversation's requests. Whoever fails here fails the campaign."""
-        clients = Clients(self._cluster.clients.address, UNDISTURBED, random.Random(self.result.seed), [])
+        clients = Clients(self._addresses, UNDISTURBED, random.Random(self.result.seed), [])
         try:
             gate = asyncio.Semaphore(self._num_clients)
             return list(
@@ -145,7 +149,9 @@ class Round:
         for loop in itertools.count():
             rng = random.Random(f"{self.result.seed} {client} {loop}")
             tenant = DISTURBED[loop % len(DISTURBED)]
-            clients = Clients(self._cluster.clients.address, tenant, rng, reading)
+            # Some know every router, some know one and must wait for it.
+            known = self._addresses if rng.random() < 0.5 else [rng.choice(self._addresses)]
+            clients = Clients(known, tenant, rng, reading)
             try:
                 for number in range(client, len(expected), self._num_clients):
                     for index, each in enumerate(expected[number]):
@@ -177,46 +183,57 @@ class Round:
     async def _look_for_leaks(self) -> float:
         """Wait until nothing is held, note what still is when that takes too long; the longest step of a worker."""
         tally, give_up_at, calm = self.result.tally, time.monotonic() + SETTLE_S, 0
-        async with AsyncClient(self._cluster.router_address, api_key=UNDISTURBED) as client:
-            while calm < CALM_POLLS and time.monotonic() < give_up_at:
-                status = await client.status()
-                calm = calm + 1 if not _held(status) else 0
-                await asyncio.sleep(POLL_S)
-        workers = status.workers
+        addresses = self._cluster.router_addresses.values()
+        while calm < CALM_POLLS and time.monotonic() < give_up_at:
+            statuses = [await _status(address) for address in addresses]
+            calm = calm + 1 if not any(map(_held, statuses)) else 0
+            await asyncio.sleep(POLL_S)
+        workers = statuses[0].workers
         tally.leaked_leases = sum(each.report.leases + each.report.pins for each in workers)
         tally.leaked_blocks = sum(each.report.private_blocks for each in workers)
         if calm < CALM_POLLS:
-            self.result.problems.append(f"not idle after {SETTLE_S:g} s: {_held(status)}")
-            # Requests that the router still has hold nothing on workers, but are left behind all the same.
-            tally.leaked_leases += status.running_requests + status.queued_requests
+            held = "; ".join(map(_held, statuses))
+            self.result.problems.append(f"not idle after {SETTLE_S:g} s: {held}")
+            # Requests that a router still has hold nothing on workers, but are left behind all the same.
+            tally.leaked_leases += sum(each.running_requests + each.queued_requests for each in statuses)
         for name in WORKERS:
             facts = await self._cluster.members[name].command()
             if facts.get("idle_violations"):
                 self.result.problems.append(f"{name}: {facts}")
             tally.idle_violations += facts.get("idle_violations", 0)
-        store = await self._cluster.members["store"].command()
+        store = await self._cluster.members[STORE].command()
         tally.leaked_leases += store.get("leases", 0)
         return max((each.report.step_s for each in workers), default=0.0)
 
 
 async def wait_whole(cluster: ChaosCluster) -> None:
-    """Until every process is up and the router reaches every worker. Raises ClusterError."""
+    """Until every process is up and every router reaches every worker. Raises ClusterError."""
     give_up_at = time.monotonic() + JOIN_TIMEOUT_S
     for member in cluster.members.values():
         await member.wait_ready()
     missing: Sequence[str] = WORKERS
     while missing:
         try:
-            async with AsyncClient(cluster.router_address, api_key=UNDISTURBED) as client:
-                status = await client.status(timeout_s=5.0)
-            missing = [name for name in WORKERS if not any(_serves(each, name) for each in status.workers)]
+            missing = [
+                f"{name} at {router}"
+                for router, address in cluster.router_addresses.items()
+                for status in [await _status(address)]
+                for name in WORKERS
+                if not any(_serves(each, name) for each in status.workers)
+            ]
         except HeadraceError as error:
-            missing = [f"the router: {error}"]
+            missing = [f"a router: {error}"]
         if missing and time.monotonic() > give_up_at:
             raise ClusterError(
                 f"after {JOIN_TIMEOUT_S:g} s there is still no {', '.join(missing)}; see {cluster.directory}"
             )
         await asyncio.sleep(POLL_S if missing else 0.0)
+
+
+async def _status(address: str) -> StatusResponse:
+    """What a router says of itself and its workers. Raises HeadraceError."""
+    async with AsyncClient(address, api_key=UNDISTURBED) as client:
+        return await client.status(timeout_s=5.0)
 
 
 def _serves(worker: WorkerStatus, name: str) -> bool:

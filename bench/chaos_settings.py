@@ -11,7 +11,7 @@ from worker.config import WorkerConfig
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """`announced`: the relay that the router dials; `kv_announced`: that other workers dial. `seed`: of what it does
+    """`announced`: the relay that the routers dial; `kv_announced`: that other workers dial. `seed`: of what it does
     to messages."""
 
     config: WorkerConfig

@@ -47,14 +47,19 @@ _ERROR_KEY = "headrace-error-bin"
 class Clients:
     """Asks as one tenant, by both clients. Belongs to an event loop; `close` at the end."""
 
-    def __init__(self, address: str, api_key: str, rng: random.Random, reading: list[StrictStream]) -> None:
-        """`reading`: where each strict stream stands while it is read."""
+    def __init__(
+        self, addresses: Sequence[str], api_key: str, rng: random.Random, reading: list[StrictStream]
+    ) -> None:
+        """`addresses`: of the routers that they know. `reading`: where each strict stream stands while it is read."""
         self._reading = reading
         self._rng = rng
         self._metadata = (("authorization", f"Bearer {api_key}"),)
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
-        self._sdk = AsyncClient(address, api_key=api_key, retry=SDK_RETRIES)
+        self._channels = [
+            grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            for address in rng.sample(addresses, len(addresses))
+        ]
+        self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
+        self._sdk = AsyncClient(addresses, api_key=api_key, retry=SDK_RETRIES)
 
     async def ask(self, name: str, prompt: Sequence[int], turn: Turn, timeout_s: float) -> Outcome:
         """One request to its end, whatever that is. `timeout_s`: where the turn has no deadline of its own."""
@@ -69,7 +74,7 @@ class Clients:
         if turn.by_sdk:
             await _ask_by_sdk(self._sdk, prompt, turn, outcome)
         else:
-            stream = StrictStream(self._stub, self._metadata, prompt, turn, outcome, self._rng)
+            stream = StrictStream(self._stubs, self._metadata, prompt, turn, outcome, self._rng)
             self._reading.append(stream)
             try:
                 await stream.read()
@@ -77,20 +82,21 @@ class Clients:
                 self._reading.remove(stream)
         outcome.ended_s = time.monotonic()
         if outcome.end is End.DEADLINE:
-            outcome.ran_on = await self._runs_on(name)
+            await asyncio.sleep(DEADLINE_MARGIN_S)
+            outcome.ran_on = any([await self._runs_on(stub, name) for stub in self._stubs])
         return outcome
 
     async def close(self) -> None:
         """Hang up."""
         await self._sdk.close()
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
-    async def _runs_on(self, name: str) -> bool:
-        """Whether the router has a request running some time after its deadline. One that is not there has not."""
-        await asyncio.sleep(DEADLINE_MARGIN_S)
+    async def _runs_on(self, stub: Any, name: str) -> bool:
+        """Whether a router has a request running, once it can be asked. One that is not there has not."""
         while True:
             try:
-                known = await self._stub.Get(
+                known = await stub.Get(
                     pb.GetRequest(request_id=name), metadata=self._metadata, timeout=GET_TIMEOUT_S
                 )
             except grpc.aio.AioRpcError as error:
@@ -102,11 +108,14 @@ class Clients:
 
 
 class StrictStream:
-    """One request, over as many connections as it takes. Fills its outcome."""
+    """One request, over as many connections as it takes. Fills its outcome.
+
+    Where a router cannot be reached, the next of `stubs` has its turn: it must take the answer over.
+    """
 
     def __init__(
         self,
-        stub: Any,
+        stubs: Sequence[Any],
         metadata: tuple[tuple[str, str], ...],
         prompt: Sequence[int],
         turn: Turn,
@@ -114,7 +123,7 @@ class StrictStream:
         rng: random.Random,
     ) -> None:
         self.outcome = outcome
-        self._stub = stub
+        self._stubs = stubs
         self._metadata = metadata
         self._rng = rng
         self._request = pb.GenerateRequest(
@@ -123,6 +132,7 @@ class StrictStream:
             sampling=pb.SamplingParams(**turn.sampling),
             resumable=True,
         )
+        self._current = 0
         self._call: Any = None
         self._leaves_for_good = False
         self._cursors: list[int] = []
@@ -172,7 +182,7 @@ class StrictStream:
         self._is_first_event = True
         for choice in outcome.choices:
             choice.text, choice.finish = (None if next_index else ""), None
-        self._call = self._stub.Generate(
+        self._call = self._stubs[self._current].Generate(
             request, timeout=request.timeout_s + CALL_GRACE_S, metadata=self._metadata
         )
         try:
@@ -193,9 +203,14 @@ class StrictStream:
         """Why a connection ended; a cause where asking again would not help."""
         detail = _detail(error)
         left_s = self.outcome.deadline_s - time.monotonic()
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and left_s < EARLY_S:
+        # A short deadline may also be refused at the door, where the cluster could not have kept it.
+        is_refused = (
+            detail is not None and detail.cause == "DEADLINE_TOO_SHORT" and self.outcome.expects_deadline
+        )
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and (left_s < EARLY_S or is_refused):
             self._deadline_told = True
         elif detail is None:
+            self._current = (self._current + 1) % len(self._stubs)
             if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                 self.outcome.cause = f"{error.code().name}: {error.details()}"
         elif not detail.retryable:

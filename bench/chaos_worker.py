@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
-import worker.kv
-import worker.node
-from bench.chaos_hooks import Disturbed, JumpingClock, Mischief
+from bench.chaos_hooks import Disturbed, Jump, Mischief
 from bench.chaos_settings import WorkerSettings
 from cluster.services import services_of
 from kvtransfer.transports.choose_carrier import SenderCarriers
 from worker.fencing import running_s
+from worker.node import WorkerNode
 
 Say = Callable[..., None]
 
 
-class RelayedNode(worker.node.WorkerNode):
+class RelayedNode(WorkerNode):
     """Announces relays; says where they find it, as soon as it listens."""
 
-    def __init__(self, settings: WorkerSettings, mischief: Mischief, say: Say) -> None:
+    def __init__(self, settings: WorkerSettings, mischief: Mischief, jump: Jump, say: Say) -> None:
         self._settings = settings
         self._say = say
         services = [Disturbed(factory, mischief) for factory in services_of(settings.config.role)]
-        super().__init__(settings.config, services)
+        super().__init__(
+            settings.config, services, clock=jump.over(time.monotonic), running_clock=jump.over(running_s)
+        )
 
     @property
     def address(self) -> str:
@@ -59,9 +61,8 @@ class ChaosWorker:
     """Serves from its making until `stop`, and obeys."""
 
     def __init__(self, settings: WorkerSettings, say: Say) -> None:
-        self._clock, self._mischief = JumpingClock(), Mischief(random.Random(settings.seed))
-        _hand_in(self._clock)
-        self._node = RelayedNode(settings, self._mischief, say)
+        self._jump, self._mischief = Jump(), Mischief(random.Random(settings.seed))
+        self._node = RelayedNode(settings, self._mischief, self._jump, say)
         self._node.start()
         self._carriers = {
             "shm": self._node.kv.sending_carriers,
@@ -73,16 +74,10 @@ class ChaosWorker:
         """What it should not have done so far."""
         if "carrier" in command:
             self._node.kv.sending_carriers = self._carriers[command["carrier"]]
-        self._clock.ahead_s += command.get("jump_s", 0.0)
+        self._jump.ahead_s += command.get("jump_s", 0.0)
         self._mischief.is_on = command.get("repeat", self._mischief.is_on)
         return {"idle_violations": self._node.num_idle_violations}
 
     def stop(self) -> None:
         """End every request."""
         self._node.stop()
-
-
-def _hand_in(clock: JumpingClock) -> None:
-    """A node hands one clock to its leases, its roles and its transfers, and takes it too: there is no other seam."""
-    vars(worker.node).update(time=clock, running_s=lambda: running_s() + clock.ahead_s)
-    vars(worker.kv).update(time=clock)

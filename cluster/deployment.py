@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import CALL_TIMEOUT_S, ActorFacts, RouterActor, StoreActor, WorkerActor
 from cluster.errors import ClusterError, LaunchError
@@ -27,6 +26,8 @@ NAMESPACE = "headrace"
 STOP_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 LOG_TAIL_LINES = 12
+MACHINE_SHARE = 0.001
+"""Of the 1.0 that each machine has of the resource that Ray names after its address."""
 _POLL_S = 0.5
 _ERROR_LINE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*")
 
@@ -153,7 +154,8 @@ def log_tail(run_dir: Path, actor: str) -> tuple[str, ...]:
 def _options(
     actor: type, name: str, node: Node, variables: Mapping[str, str], num_cpus: int = 0, num_gpus: int = 0
 ) -> Any:
-    strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False) if node.node_id else None
+    # Ray's name for the machine, not its id of the node: one that was lost and rejoins gets its actors again.
+    machine = {f"node:{node.address}": MACHINE_SHARE} if node.node_id else None
     return ray.remote(actor).options(
         name=name,
         namespace=NAMESPACE,
@@ -163,7 +165,7 @@ def _options(
         num_cpus=num_cpus,
         num_gpus=num_gpus,
         runtime_env={"env_vars": dict(variables)},
-        scheduling_strategy=strategy,
+        resources=machine,
     )
 
 

@@ -1,7 +1,7 @@
 """A Ray of our own on this machine: loopback only, with a token, in a session of its own.
 
 `ray stop` ends every Ray on the machine, so this one is ended by its session instead: all of Ray's processes
-stay in the session that their first one opens, and nothing else is in it.
+stay in the session that their first one opens (ray_head), and nothing else is in it.
 """
 
 from __future__ import annotations
@@ -50,12 +50,8 @@ class LocalRay:
     temp_dir: str
 
     def is_running(self) -> bool:
-        """Whether its first process lives."""
-        try:
-            process = psutil.Process(self.pid)
-            return self.is_first(process) and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        """Whether any of it lives: an answer does not need the first process."""
+        return bool(self.processes())
 
     def is_first(self, process: psutil.Process) -> bool:
         """Whether `process`, which has the id of the first one, is that one and not a later one."""
@@ -67,17 +63,26 @@ class LocalRay:
             # A process id is not given out again while a session has its number.
             if not self.is_first(psutil.Process(self.pid)):
                 return []
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return processes_of_session(self.pid)
+
+
+def processes_of_session(session_id: int) -> list[psutil.Process]:
+    """The living processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == session_id and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def set_environment(run_dir: Path) -> None:
     """Make this process a driver of our local Ray. Call before the first import of ray, which reads it."""
-    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):  # of another Ray, and stronger than what we set
+    for name in (
+        "RAY_ADDRESS",
+        "RAY_AUTH_TOKEN",
+        "RAY_REDIS_ADDRESS",
+    ):  # of another Ray, and stronger than ours
         os.environ.pop(name, None)
     os.environ.update(_environment(run_dir))
 
@@ -91,8 +96,8 @@ def start(run_dir: Path, *, num_cpus: int, num_gpus: int, cores: Collection[int]
     temp_dir = tempfile.mkdtemp(prefix="headrace-", dir=_SHORT_TEMPORARY)
     port, client_port, agent_port = _free_ports(3)
     arguments = [
-        *("-m", "ray.scripts.scripts", "start", "--head", "--block", f"--node-ip-address={LOOPBACK}"),
-        *(f"--port={port}", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}", f"--temp-dir={temp_dir}"),
+        *("-m", "cluster.ray_head", str(port), f"--node-ip-address={LOOPBACK}"),
+        *(f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}", f"--temp-dir={temp_dir}"),
         *("--include-dashboard=false", "--include-log-monitor=false", "--no-monitor"),
         *("--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_BYTES}"),
         f"--dashboard-agent-listen-port={agent_port}",
@@ -102,7 +107,7 @@ def start(run_dir: Path, *, num_cpus: int, num_gpus: int, cores: Collection[int]
     log = run_dir / "logs" / "ray.log"
     log.parent.mkdir(exist_ok=True, mode=0o700)
     with _running_on(cores):
-        pid = _spawn_session([sys.executable, *arguments], log)
+        pid = _spawn_session([sys.executable, *arguments], {**os.environ, **_gcs_store(temp_dir)}, log)
     local_ray = LocalRay(pid, psutil.Process(pid).create_time(), f"{LOOPBACK}:{port}", temp_dir)
     try:
         _wait_for_port(local_ray, port, log)
@@ -129,10 +134,11 @@ def stop(local_ray: LocalRay) -> None:
 
     Raises ClusterError if a process outlives SIGKILL.
     """
-    if local_ray.is_running():
-        with suppress(ProcessLookupError):
-            os.kill(local_ray.pid, signal.SIGTERM)  # Ray's own order of ending
-    ended = _wait_until_empty(local_ray, STOP_TIMEOUT_S if local_ray.is_running() else 0.0)
+    first = [process for process in local_ray.processes() if process.pid == local_ray.pid]
+    for process in first:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()  # it knows the order
+    ended = _wait_until_empty(local_ray, STOP_TIMEOUT_S if first else 0.0)
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         if ended:
             break
@@ -165,13 +171,20 @@ def _environment(run_dir: Path) -> dict[str, str]:
     }
 
 
-def _spawn_session(command: list[str], log: Path) -> int:
+def _gcs_store(temp_dir: str) -> dict[str, str]:
+    """Where Ray's GCS keeps its tables, so that another one can go on with them. It ends with this Ray."""
+    path = Path(temp_dir, "gcs")
+    path.mkdir(mode=0o700)
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(path)}
+
+
+def _spawn_session(command: list[str], environment: dict[str, str], log: Path) -> int:
     """Start `command` in a session of its own, to outlive this process. Returns its process id."""
     write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     return os.posix_spawn(
         command[0],
         command,
-        os.environ,
+        environment,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(log), write, 0o600),

@@ -17,6 +17,7 @@ from kvtransfer.load_speeds import LoadSpeeds
 from tests import waiting
 from tests.scripted_router import SessionClient
 from worker.config import WorkerConfig, WorkerRole
+from worker.fencing import running_s
 from worker.node import WorkerNode
 
 SECRET = b"a secret of the test's own cluster"
@@ -24,7 +25,13 @@ MAX_CONTEXT = 512
 PATIENCE_S = 30.0
 
 
-def start_worker(model_dir: Path, role: WorkerRole, **overrides: object) -> WorkerNode:
+def start_worker(
+    model_dir: Path,
+    role: WorkerRole,
+    *,
+    running_clock: Callable[[], float] = running_s,
+    **overrides: object,
+) -> WorkerNode:
     """A worker of a tiny model with room for 128 blocks; `overrides` are WorkerConfig's."""
     settings: dict[str, object] = {
         "worker_id": f"{role}-worker",
@@ -35,7 +42,7 @@ def start_worker(model_dir: Path, role: WorkerRole, **overrides: object) -> Work
         **overrides,
     }
     config = WorkerConfig(role=role, model_dir=model_dir, cluster_secret=SECRET, **settings)
-    node = WorkerNode(config, services_of(role))
+    node = WorkerNode(config, services_of(role), running_clock=running_clock)
     node.start()
     return node
 

@@ -42,11 +42,17 @@ class KvParts:
     `pace(num_bytes)`: waits before so much is written into the cache (worker/pacing.py).
     """
 
-    def __init__(self, engine: Engine, config: WorkerConfig, pace: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: WorkerConfig,
+        pace: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Measures the codecs that the profile's fidelity allows, some milliseconds each."""
         self.engine = engine
         self.config = config
-        self.clock = time.monotonic
+        self.clock = clock
         self.counters = KvCounters()
         self.speeds = LoadSpeeds(self.clock)
         book = SpeedBook(self.clock)

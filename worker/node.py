@@ -54,10 +54,23 @@ DRAINED = "DRAINED"
 
 
 class WorkerNode:
-    """One worker. `start` and `stop` are called once each, from one thread."""
+    """One worker. `start` and `stop` are called once each, from one thread.
 
-    def __init__(self, config: WorkerConfig, services: Sequence[ServiceFactory]) -> None:
+    `clock`: what leases and transfers are timed by. `running_clock`: one that goes on while the machine is suspended,
+    by which the worker fences itself.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        services: Sequence[ServiceFactory],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        running_clock: Callable[[], float] = running_s,
+    ) -> None:
         self.config = config
+        self._clock = clock
+        self._running_clock = running_clock
         self.epoch = _new_epoch()
         """This incarnation of the worker; another one after it has fenced itself."""
         self.address = ""
@@ -74,7 +87,7 @@ class WorkerNode:
         self._fetchers: list[PrefixFetcher] = []
         self._idle_check: IdleCheck | None = None
         self._journal = BlockJournal()
-        self._lifecycle = Lifecycle(time.monotonic)
+        self._lifecycle = Lifecycle(clock)
         self._told_state = self._lifecycle.state
         self._gone = threading.Event()
         self._report_due = False
@@ -198,7 +211,7 @@ class WorkerNode:
 
     async def _start_services(self) -> None:
         for _ in self._factories:
-            table = LeaseTable(self.epoch, time.monotonic, secrets.token_bytes)
+            table = LeaseTable(self.epoch, self._clock, secrets.token_bytes)
             self._keepers.append(LeaseKeeper(table, self.engine, self.config.lease_ttl_s))
         self._open_kv()
         for factory, keeper in zip(self._factories, self._keepers, strict=True):
@@ -212,7 +225,7 @@ class WorkerNode:
         await self._control.set_healthy(True)
         self._join()
         self._fence_watch = FenceWatch(
-            self.config.dead_after_s, running_s, has_routers=bool(self.config.routers)
+            self.config.dead_after_s, self._running_clock, has_routers=bool(self.config.routers)
         )
         self._start_timer(SWEEP_INTERVAL_S, self._sweep)
         self._start_timer(self.config.report_interval_s, self._session.broadcast_report)
@@ -220,7 +233,7 @@ class WorkerNode:
     def _open_kv(self) -> None:
         """The port for KV. Pushes go to the leases of the role that takes them, where there is one."""
         pace = LandingPace(lambda: self._engine_thread.counters.decoding)
-        self.kv = KvParts(self.engine, self.config, pace)
+        self.kv = KvParts(self.engine, self.config, pace, self._clock)
         pairs = list(zip(self._factories, self._keepers, strict=True))
         receiving = next((keeper for factory, keeper in pairs if factory.receives_kv), self._keepers[0])
         try:
@@ -268,7 +281,7 @@ class WorkerNode:
             wake_engine=self._engine_thread.wake,
             accepts_new=lambda: self.healthy,
             changed=self._report_soon,
-            clock=time.monotonic,
+            clock=self._clock,
             root_key=self._root_key,
         )
 

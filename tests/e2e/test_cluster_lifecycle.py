@@ -154,8 +154,9 @@ def test_a_cluster_whose_ray_died_is_noticed_and_cleared_away(split_cluster: Hom
     """The last of this module: it ends the cluster that the others share."""
     local_ray = split_cluster.state().local_ray
     assert local_ray is not None
-    os.kill(local_ray.pid, signal.SIGKILL)
-    wait_until(lambda: not local_ray.is_running(), "Ray's first process ends")
+    (raylet,) = [process for process in local_ray.processes() if process.name() == "raylet"]
+    raylet.kill()
+    wait_until(lambda: not local_ray.is_running(), "the rest of Ray ends with its raylet")
     answer = split_cluster.run("status")
     assert answer.returncode == 1
     assert "has ended without" in answer.stderr

@@ -67,13 +67,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> TurnedClock:
-    clock = TurnedClock()
-    monkeypatch.setattr("worker.node.running_s", clock)
-    return clock
-
-
 def _wait(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
@@ -141,10 +134,9 @@ def test_a_worker_whose_router_is_away_for_too_long_rejoins_as_another_incarnati
             _assert_serves(registry.client)
 
 
-def test_what_a_frozen_worker_held_fails_as_fenced_and_its_sessions_end(
-    model_dir: Path, clock: TurnedClock
-) -> None:
-    with worker(model_dir, WorkerRole.BOTH) as node:
+def test_what_a_frozen_worker_held_fails_as_fenced_and_its_sessions_end(model_dir: Path) -> None:
+    clock = TurnedClock()
+    with worker(model_dir, WorkerRole.BOTH, running_clock=clock) as node:
         old_epoch = node.epoch
         gate = StepGate(node.engine)
         with session(node) as client:
@@ -167,11 +159,9 @@ def test_what_a_frozen_worker_held_fails_as_fenced_and_its_sessions_end(
         assert_nothing_held(node)
 
 
-def test_a_prefill_worker_that_fences_itself_ends_its_pushes_over_there_too(
-    model_dir: Path, clock: TurnedClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with worker(model_dir, WorkerRole.PREFILL) as prefill:
-        monkeypatch.setattr("worker.node.running_s", running_s)
+def test_a_prefill_worker_that_fences_itself_ends_its_pushes_over_there_too(model_dir: Path) -> None:
+    clock = TurnedClock()
+    with worker(model_dir, WorkerRole.PREFILL, running_clock=clock) as prefill:
         with (
             worker(model_dir, WorkerRole.DECODE) as decode,
             session(prefill) as to_prefill,

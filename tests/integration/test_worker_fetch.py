@@ -386,13 +386,11 @@ def _check_idle(node: WorkerNode) -> None:
 
 @pytest.mark.parametrize("fenced", ["the asker", "the source"])
 def test_a_fence_during_a_fetch_gives_everything_back(
-    clients: Clients, nodes: Workers, model_dir: Path, monkeypatch: pytest.MonkeyPatch, fenced: str
+    clients: Clients, nodes: Workers, model_dir: Path, fenced: str
 ) -> None:
     clock = TurnedClock()
-    with monkeypatch.context() as patched:
-        patched.setattr("worker.node.running_s", clock)
-        role = WorkerRole.PREFILL if fenced == "the asker" else WorkerRole.BOTH
-        node = start_worker(model_dir, role)
+    role = WorkerRole.PREFILL if fenced == "the asker" else WorkerRole.BOTH
+    node = start_worker(model_dir, role, running_clock=clock)
     key = request_key(f"fence of {fenced}")
     prompt = random_prompt(15, LONG)
     try:

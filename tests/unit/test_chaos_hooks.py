@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.chaos_hooks import FREE_BYTES, DisturbedService, FullDisk, JumpingClock, Mischief, RepeatedTokens
+from bench.chaos_hooks import FREE_BYTES, DisturbedService, FullDisk, Jump, Mischief, RepeatedTokens
 from headrace.v1 import worker_pb2
 from worker.block_journal import BlockJournal
 from worker.link import RouterLink
@@ -145,10 +145,11 @@ def test_a_full_disk_tears_a_file_and_has_room_again(tmp_path: Path) -> None:
     assert disk.write_new(tmp_path / "b", [b"x" * 9000]).size == 9000
 
 
-def test_a_clock_jumps_and_goes_on() -> None:
-    clock = JumpingClock()
-    before = clock.monotonic()
-    clock.ahead_s += 1000.0
-    assert clock.monotonic() >= before + 1000.0
-    clock.ahead_s -= 2000.0
-    assert clock.monotonic() < before
+def test_all_clocks_of_a_worker_jump_together_and_go_on() -> None:
+    jump, told = Jump(), iter(range(100, 200, 10))
+    one, other = jump.over(lambda: next(told)), jump.over(lambda: 5.0)
+    assert (one(), other()) == (100.0, 5.0)
+    jump.ahead_s += 1000.0
+    assert (one(), other()) == (1110.0, 1005.0)
+    jump.ahead_s -= 2000.0
+    assert (one(), other()) == (-880.0, -995.0)

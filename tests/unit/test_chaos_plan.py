@@ -66,9 +66,7 @@ def test_what_is_cut_or_frozen_is_so_for_less_or_longer_than_the_limits(seed: in
 
 def test_kills_and_clients_name_targets_that_exist() -> None:
     for fault in plan(7, kinds_of(7, 200)):
-        assert (fault.target == "") == (
-            fault.kind in (Kind.CLIENT_RETURNS, Kind.CLIENT_VANISHES, Kind.CUT_CLIENTS)
-        )
+        assert (fault.target == "") == (fault.kind in (Kind.CLIENT_RETURNS, Kind.CLIENT_VANISHES))
         if fault.kind in KILLS:
             assert fault.kind.removeprefix("kill_") == fault.target.partition("-")[0]
 

@@ -89,7 +89,7 @@ async def read(
 ) -> tuple[Outcome, Stub]:
     now, stub = time.monotonic(), Stub(*scripts)
     outcome = Outcome(name="r", sent_s=now, deadline_s=now + left_s, choices=[ChoiceSeen() for _ in range(n)])
-    await StrictStream(stub, (), [1, 2], Turn((1, 2), {"n": n}), outcome, rng).read()
+    await StrictStream([stub], (), [1, 2], Turn((1, 2), {"n": n}), outcome, rng).read()
     return outcome, stub
 
 
@@ -134,6 +134,30 @@ async def test_a_second_connection_from_where_it_stood_goes_on_there() -> None:
     assert stub.asked[1].next_index == 2
     assert outcome.choices[0].token_ids == [5, 6, 7]
     assert outcome.choices[0].text is None
+
+
+async def read_by_two(
+    first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]
+) -> tuple[Outcome, Stub]:
+    """By routers with these scripts; also the second one."""
+    now, stubs = time.monotonic(), [Stub(*first), Stub(*second)]
+    outcome = Outcome(name="r", sent_s=now, deadline_s=now + 60.0, choices=[ChoiceSeen()])
+    await StrictStream(stubs, (), [1, 2], Turn((1, 2), {}), outcome, FROM_HERE).read()
+    return outcome, stubs[1]
+
+
+async def test_where_a_router_is_gone_the_next_one_is_asked_to_take_the_answer_over() -> None:
+    outcome, second = await read_by_two(
+        [[ACCEPTED, delta(0, 5, 6), Failure(LOST)]], [[ACCEPTED, delta(2, 7), finished(3), DONE]]
+    )
+    assert (outcome.end, outcome.choices[0].token_ids) == (End.FINISHED, [5, 6, 7])
+    assert (second.asked[0].next_index, second.asked[0].resume_handle) == (2, b"handle")
+
+
+async def test_a_router_that_answers_is_asked_again() -> None:
+    again = Failure(LOST, "OVERLOADED", retryable=True)
+    outcome, second = await read_by_two([[again], [ACCEPTED, delta(0, 5), finished(1), DONE]], [])
+    assert (outcome.end, second.asked) == (End.FINISHED, [])
 
 
 async def test_with_two_choices_it_stands_where_the_shorter_one_does() -> None:
