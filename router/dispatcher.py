@@ -153,7 +153,8 @@ class Dispatcher:
         if state is not RequestState.FINISHED:
             self._attempts.cancel(request, cause)
         self._placer.ended(request, cause)
-        self.pump()
+        if request.accepted is not None:  # else it never had what others wait for
+            self.pump()
 
     # --- workers -----------------------------------------------------------------------------------------
 
