@@ -192,11 +192,11 @@ class _ServerPeer(Peer["RequestHead | BadHead"]):
             stream.owner.take_bad(error)
 
     def remote_done(self, stream: Stream) -> None:
-        call: ServerCall | None = stream.owner
+        call: ServerCall | _Refusal | None = stream.owner
         if call is None or call.is_over:
             return
         call.requests_done()
-        if not call.handler.request_streaming:
+        if isinstance(call, ServerCall) and not call.handler.request_streaming:
             _answer(call)
 
     def reset(self, stream: Stream, code: int) -> None:
@@ -288,8 +288,37 @@ def _parse(headers: Iterable[Header]) -> RequestHead | BadHead:
         return error
 
 
+class _Refusal:
+    """In place of a call that is not taken. Told once the caller has said something: some cannot bear to be answered
+    while they are about to send."""
+
+    def __init__(self, connection: _ServerPeer, stream: Stream, status: Status) -> None:
+        self.is_over = False
+        self._connection = connection
+        self._stream = stream
+        self._status = status
+
+    def take_requests(self, _messages: list[bytes]) -> None:
+        self.requests_done()
+
+    def take_bad(self, _error: BadMessage) -> None:
+        self.requests_done()
+
+    def requests_done(self) -> None:
+        if not self.is_over:
+            self.is_over = True
+            block = heads.RESPONSE + heads.trailers(self._status)
+            self._connection.connection.send_headers(self._stream, block, ends=True)
+
+    def gone(self) -> None:
+        self.is_over = True
+
+    def writable(self) -> None:
+        """Nothing waits but the refusal."""
+
+
 def _refuse(connection: _ServerPeer, stream: Stream, status: Status) -> None:
-    connection.connection.send_headers(stream, heads.RESPONSE + heads.trailers(status), ends=True)
+    stream.owner = _Refusal(connection, stream, status)
 
 
 def _listening(family: int, where: Sequence[Any]) -> socket.socket:
