@@ -1,33 +1,40 @@
 """Does placement find what is cached, on a trace of real conversations?
 
-A slice of the trace is asked of 2P2D clusters of small caches, once placed by predicted cost and once in turn, at
-the same times. A hit rate is the share of the prompts' tokens that nobody computed, beside what one worker with an
-infinite cache would have had of the same prompts in the same order.
+A slice of the trace is asked of two 2P2D clusters of small caches, one placed by predicted cost and one in turn, part
+by part in alternation. A hit rate is the share of the prompts' tokens that nobody computed, beside what one worker with
+an infinite cache would have had of the same prompts in the same order.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.clusters import BenchCluster
 from bench.replay_load import Asked, replayed, requests_per_s
 from bench.replay_trace import Replay, infinite_hits, read_trace, scaled, slice_of
 from bench.report import BenchReport, percentile
 from bench.side_by_side import apart
 from cluster.errors import ClusterError
-from cluster.profile import LoadedProfile, parse_profile
+from cluster.profile import parse_profile
 from headrace import AsyncClient
 from headrace.v1.cluster_pb2 import PrefixIndexStatus
 
-NUM_REQUESTS = 100
+NUM_REQUESTS = 120
+NUM_PARTS = 6
 SEED = 0
 LOAD = 0.65
 """Of what the cluster can compute where no prompt is computed twice."""
+CACHE_PART = 0.6
+"""Of all the blocks of the slice, what one worker has room for: two hold it, if they share it out; one does not."""
+KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 2
+"""SmolLM2-135M's: 30 layers, keys and values of 3 heads of 64, in bfloat16."""
 LENGTH_FACTOR = 32
 LONGEST_PROMPT = 4096
 LONGEST_ANSWER = 256
@@ -37,20 +44,19 @@ _PROFILE = """
 version: 1
 name: replay-{policy}
 model: {{path: smollm2-135m-instruct, precision: int8, max_context: 4608}}
-prefill: {{replicas: 2, chunk: 256, kv_memory: 512MiB}}
-decode: {{replicas: 2, chunk: 256, kv_memory: 512MiB, max_drafts: 0}}
+prefill: {{replicas: 2, chunk: 256, kv_memory: {memory}MiB}}
+decode: {{replicas: 2, chunk: 256, kv_memory: {memory}MiB, max_drafts: 0}}
 router: {{grpc: "127.0.0.1:0", policy: {policy}}}
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Run:
-    """One policy's."""
+    """One policy's, over all parts."""
 
-    asked: Sequence[Asked]
-    index: PrefixIndexStatus
-    speed: float
     place: str
+    asked: list[Asked] = field(default_factory=list)
+    index: PrefixIndexStatus = field(default_factory=PrefixIndexStatus)
 
     @property
     def hit_rate(self) -> float:
@@ -76,7 +82,7 @@ class _Run:
 
 
 def run(console: Console, trace: str = "") -> BenchReport:
-    """Both policies, one after the other. Raises ClusterError for a trace that cannot be replayed."""
+    """Both policies, in turns. Raises ClusterError for a trace that cannot be replayed."""
     if not trace:
         raise ClusterError("replay needs a trace of requests: --trace FILE")
     try:
@@ -84,37 +90,58 @@ def run(console: Console, trace: str = "") -> BenchReport:
         replay = scaled(chosen, LENGTH_FACTOR, LONGEST_ANSWER)
     except (OSError, ValueError) as error:
         raise ClusterError(f"the trace cannot be replayed: {error}") from error
-    runs: dict[str, _Run] = {}
-    speed = 0.0
-    for policy in POLICIES:
-        profile = parse_profile(_PROFILE.format(policy=policy), "bench")
-        runs[policy] = asyncio.run(_replay(profile, replay, speed, console))
-        speed = runs[policy].speed
-    return BenchReport("replay", _metrics(replay, runs), _notes(replay, runs))
-
-
-async def _replay(profile: LoadedProfile, replay: Replay, speed: float, console: Console) -> _Run:
-    """`speed`: of time; 0 to measure what the cluster can do and take LOAD of that."""
-    lacking = _lacking(replay)
-    answers = sum(request.answer_tokens for request in replay.requests)
-    with apart(profile, console) as cluster:
-        async with AsyncClient(cluster.address) as client:
-            with console.status(f"{cluster.name}: warming up …"):
-                # Under each policy, so that each router has seen how fast its workers are.
-                num = len(replay.requests)
-                capacity = await requests_per_s(client, lacking // num, answers // num)
-            speed = speed or replay.span_s / (num / (LOAD * capacity))
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
+    with ExitStack() as stack:
+        clusters = {
+            policy: stack.enter_context(
+                apart(
+                    parse_profile(_PROFILE.format(policy=policy, memory=_memory_mib(replay)), "bench"),
+                    console,
+                )
             )
-            with Progress(*columns, console=console) as progress:
-                task = progress.add_task(cluster.name, total=num)
-                asked = await replayed(client, replay, speed, lambda: progress.advance(task))
-            index = (await client.status()).prefix_index
-        return _Run(asked, index, speed, cluster.describe())
+            for policy in POLICIES
+        }
+        runs = {policy: _Run(cluster.describe()) for policy, cluster in clusters.items()}
+        speed = asyncio.run(_replay(clusters, replay, runs, console))
+    return BenchReport("replay", _metrics(replay, runs, speed), _notes(replay, runs))
+
+
+async def _replay(
+    clusters: Mapping[str, BenchCluster], replay: Replay, runs: Mapping[str, _Run], console: Console
+) -> float:
+    """Every part of one and then of the other, the other way round the next time; returns the speed of time."""
+    num = len(replay.requests)
+    answers = sum(request.answer_tokens for request in replay.requests)
+    async with AsyncExitStack() as stack:
+        clients = {
+            policy: await stack.enter_async_context(AsyncClient(cluster.address))
+            for policy, cluster in clusters.items()
+        }
+        with console.status("warming up …"):
+            # Both, so that each router has seen how fast its workers are.
+            capacity = [
+                await requests_per_s(client, _lacking(replay) // num, answers // num)
+                for client in clients.values()
+            ]
+        speed = replay.span_s / (num / (LOAD * min(capacity)))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("replay", total=num * len(clients))
+            for number, part in enumerate(replay.parts(NUM_PARTS)):
+                for policy in POLICIES if number % 2 == 0 else reversed(POLICIES):
+                    progress.update(task, description=policy)
+                    runs[policy].asked += await replayed(
+                        clients[policy], part, speed, lambda: progress.advance(task)
+                    )
+        for policy, client in clients.items():
+            runs[policy].index = (await client.status()).prefix_index
+    return speed
+
+
+def _memory_mib(replay: Replay) -> int:
+    """Of one worker's cache; at least two of the longest prompts with their answers."""
+    longest = max(len(request.prompt) + request.answer_tokens for request in replay.requests)
+    num_tokens = max(CACHE_PART * _lacking(replay), 2 * longest)
+    return int(num_tokens * KV_BYTES_PER_TOKEN / (1 << 20)) + 1
 
 
 def _lacking(replay: Replay) -> int:
@@ -122,7 +149,7 @@ def _lacking(replay: Replay) -> int:
     return sum(map(len, prompts)) - sum(infinite_hits(prompts, BLOCK_TOKENS))
 
 
-def _metrics(replay: Replay, runs: dict[str, _Run]) -> dict[str, float]:
+def _metrics(replay: Replay, runs: Mapping[str, _Run], speed: float) -> dict[str, float]:
     cost, in_turn = runs["cost"], runs["round-robin"]
     metrics = {
         "hit_rate": cost.hit_rate,
@@ -138,11 +165,13 @@ def _metrics(replay: Replay, runs: dict[str, _Run]) -> dict[str, float]:
         "num_requests": len(replay.requests),
         "prompt_tokens_mean": cost.num_tokens / len(replay.requests),
         "length_factor": replay.factor,
-        "time_factor": cost.speed,
+        "time_factor": speed,
+        "cache_mib": _memory_mib(replay),
+        "working_set_mib": _lacking(replay) * KV_BYTES_PER_TOKEN / (1 << 20),
     }
 
 
-def _notes(replay: Replay, runs: dict[str, _Run]) -> tuple[str, ...]:
+def _notes(replay: Replay, runs: Mapping[str, _Run]) -> tuple[str, ...]:
     sessions = len({request.session for request in replay.requests})
     return (
         f"{len(replay.requests)} requests of {sessions} conversations; lengths divided by {replay.factor}, times so "

@@ -13,7 +13,8 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ MOONCAKE_BLOCK_TOKENS = 512
 COMMON_SHARE = 0.01
 """A block that more of all requests have than this is a service's own beginning, and makes no conversation."""
 MIN_TURNS = 2
+MAX_TURNS = 16
+"""Of one conversation, so that a slice has many of them."""
 
 BlockId = tuple[str, int]
 
@@ -67,6 +70,21 @@ class Replay:
     def span_s(self) -> float:
         """From the first request to the last, in the trace's own time."""
         return self.requests[-1].at_s
+
+    def parts(self, num_parts: int) -> list[Replay]:
+        """One after the other, of as many requests each as can be; each begins at 0 s.
+
+        Raises:
+            ValueError: there are fewer requests than parts.
+        """
+        size = -(-len(self.requests) // num_parts)
+        if not 1 <= num_parts <= len(self.requests):
+            raise ValueError(f"{len(self.requests)} requests cannot be cut into {num_parts} parts")
+        cuts = [self.requests[start : start + size] for start in range(0, len(self.requests), size)]
+        return [
+            Replay(tuple(replace(each, at_s=each.at_s - cut[0].at_s) for each in cut), self.factor)
+            for cut in cuts
+        ]
 
 
 def read_trace(path: Path) -> Trace:
@@ -137,8 +155,8 @@ def _session_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[tupl
 
 
 def slice_of(trace: Trace, num_requests: int, longest_prompt: int, seed: int) -> Trace:
-    """Whole conversations of at least two turns, drawn by `seed` until they have `num_requests`, by time. Those with
-    a prompt of more than `longest_prompt` tokens are left out.
+    """The first turns, `MIN_TURNS` to `MAX_TURNS`, of conversations drawn by `seed` until they have `num_requests`, by
+    time. A conversation ends before a prompt of more than `longest_prompt` tokens.
 
     A busy service's next hundred requests belong to a hundred conversations and share nothing; a share of its
     conversations over a longer time keeps what they share.
@@ -149,14 +167,14 @@ def slice_of(trace: Trace, num_requests: int, longest_prompt: int, seed: int) ->
     sessions: dict[str, list[TraceRequest]] = defaultdict(list)
     for request in trace.requests:
         sessions[request.session].append(request)
-    several = [
-        turns
+    beginnings = [
+        list(takewhile(lambda turn: turn.prompt_tokens <= longest_prompt, turns[:MAX_TURNS]))
         for turns in sessions.values()
-        if len(turns) >= MIN_TURNS and max(turn.prompt_tokens for turn in turns) <= longest_prompt
     ]
+    several = [turns for turns in beginnings if len(turns) >= MIN_TURNS]
     if not several:
         raise ValueError(
-            f"no conversation in the trace has two turns, and prompts of at most {longest_prompt} tokens: there is "
+            f"no conversation in the trace begins with two turns of at most {longest_prompt} tokens: there is "
             "nothing to find in a cache"
         )
     random.Random(seed).shuffle(several)

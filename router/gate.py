@@ -128,7 +128,7 @@ class Gate:
             self._queue.ahead(tenant.name, request.priority, tenant.weight),
             self._queue.service_rate,
             self._predicted_s(request),
-            self._placer.predict_ttft_s(request, idle=True),
+            self._idle_s(request),
             priority=request.priority,
         )
         shed = self._shedder.judge(forecast, request.deadline_s - now)
@@ -149,6 +149,12 @@ class Gate:
         if request.choice is not None:
             return request.choice.predicted_ttft_s
         return self._placer.predict_ttft_s(request)
+
+    def _idle_s(self, request: Request) -> float | None:
+        """The same with nothing ahead."""
+        if request.choice is not None:
+            return request.choice.idle_ttft_s
+        return self._placer.predict_ttft_s(request, idle=True)
 
     def _full(self, request: Request, tenant: Tenant, now: float) -> Failure | None:
         assert request.demand is not None

@@ -14,6 +14,9 @@ from router.prompt_keys import KeyRoots, PromptKeys
 from router.requests import Decision, Request, RequestKey
 
 MAX_SOURCES = 2
+AVOID_S = 5.0
+"""How long a request rather waits for others than to go back where an attempt of it failed. Afterwards it goes back
+where nobody else has room: the failure may have been the other end's, and its worker would stand idle."""
 
 
 class Placer:
@@ -44,7 +47,12 @@ class Placer:
         now = self._clock()
         assert request.demand is not None
         return self._placement.place(
-            request.demand, now, self._cached(request, now), request.failed_on, request.landed_on
+            request.demand,
+            now,
+            self._cached(request, now),
+            avoid=_failed_lately(request, now),
+            prefer=request.landed_on,
+            spare=request.failed_on,
         )
 
     def predict_ttft_s(self, request: Request, idle: bool = False) -> float | None:
@@ -116,3 +124,11 @@ class Placer:
 
     def _cached(self, request: Request, now: float) -> list[tuple[int, int]]:
         return self._feed.cached(request.keys, now) if request.keys is not None else []
+
+
+def _failed_lately(request: Request, now: float) -> set[WorkerRef]:
+    """Those of the workers on which an attempt failed that had one placed within the last `AVOID_S`."""
+    if not request.failed_on:
+        return set()
+    lately = [decision for decision in request.decisions if now - decision.decided_s < AVOID_S]
+    return {ref for decision in lately for ref in decision.placement.workers if ref in request.failed_on}

@@ -27,7 +27,7 @@ _ORDER = list(WaitCause)
 @dataclass(slots=True)
 class Query:
     """What is to be placed. `cached` is by slot, as are `prefer` and the workers to avoid. `regardless`: as though
-    every worker had room now, for a prediction; `idle`: as though no prompt were ahead of it either."""
+    every worker had room now, for a prediction."""
 
     demand: Demand
     now: float
@@ -38,7 +38,6 @@ class Query:
     avoid_decode: Set[int] = NOBODY
     avoid_prefill: Set[int] = NOBODY
     regardless: bool = False
-    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +52,21 @@ class Rules:
 
 @dataclass(slots=True)
 class _Option:
-    """One way to prefill for a decode worker: its row, and who prefills (None: itself)."""
+    """One way to prefill for a decode worker: its row, and who prefills (None: itself). `idle_ttft_s`: if no prompt
+    were ahead, on whichever worker is best then."""
 
     decoder: int
     prefill: Worker | None
     cost_s: float
     ttft_s: float
+    idle_ttft_s: float
     cached_tokens: int
     row: CandidateRow | None = None
     prefillers: Shortlist | None = None
+
+    @property
+    def idle_cost_s(self) -> float:
+        return self.cost_s - self.ttft_s + self.idle_ttft_s
 
 
 def choose(group: Group, links: LinkTable, rules: Rules, query: Query) -> Choice | WaitCause:
@@ -164,8 +169,7 @@ class _Decision:
         table, figures, model = self.decoders, self.figures, self.rules.model
         num_choices = self.query.demand.num_choices
         self.step_s, self.itl_s = model.step_and_itl_s(figures, table, num_choices, self.num_blocks)
-        own_s: Floats = table.tokens_ahead * figures.decode_s_per_token
-        self.own_s = np.zeros_like(own_s) if self.query.idle else own_s
+        self.own_s: Floats = table.tokens_ahead * figures.decode_s_per_token
         self.decode_lacking = self.num_tokens - self.decode_cached
         self.untransferred = self.decode_lacking
         prefer = self.query.prefer
@@ -183,17 +187,16 @@ class _Decision:
         if self.decoders.workers[decoder].facts.role is Role.BOTH and table.num_both:
             may_prefill = may_prefill & (table.is_both == 0)
         queue_s: Floats = table.tokens_ahead * figures.prefill_s_per_token
-        if self.query.idle:
-            queue_s = np.zeros_like(queue_s)
         compute_s = self.prefill_lacking * figures.prefill_s_per_token
         s_per_byte, fixed_s = self._links_into(decoder)
         num_bytes = self.untransferred.item(decoder) * figures.decode_kv_bytes.item(decoder)
         transfer_s = s_per_byte * num_bytes
         cost_s = np.maximum(compute_s, transfer_s)  # the transfer runs beside the computation
-        cost_s += queue_s
         cost_s += fixed_s
-        itl_s = self.itl_s.item(decoder)
-        cost_s += itl_s + self.step_s.item(decoder)
+        itl_s, step_s = self.itl_s.item(decoder), self.step_s.item(decoder)
+        idle_ttft_s = cost_s.item(cost_s.argmin()) + step_s
+        cost_s += queue_s
+        cost_s += itl_s + step_s
         ballot = Ballot(table, may_prefill, cost_s, self.query.tickets[2:])
         won = best_of(ballot, self.rules.policy.prefill_keys)
         if won is None:
@@ -204,6 +207,7 @@ class _Decision:
             prefill=table.workers[won.row],
             cost_s=cost_s.item(won.row),
             ttft_s=cost_s.item(won.row) - itl_s,
+            idle_ttft_s=idle_ttft_s,
             cached_tokens=int(cached.item(won.row)),
             prefillers=Shortlist(
                 table,
@@ -220,12 +224,9 @@ class _Decision:
         way = self.links.into(address, len(self.query.cached))
         if way is None:
             return figures.link_s_per_byte, figures.link_fixed_s
-        s_per_byte, fixed_s = way[0].take(table.slots), way[1].take(table.slots)
-        if np.count_nonzero(s_per_byte) < len(table):
-            is_unknown = s_per_byte == 0
-            np.copyto(s_per_byte, figures.link_s_per_byte, where=is_unknown)
-            np.copyto(fixed_s, figures.link_fixed_s, where=is_unknown)
-        return s_per_byte, fixed_s
+        speeds = way.take(table.slots, axis=1)
+        np.copyto(speeds, figures.links, where=speeds < 0)
+        return speeds[0], speeds[1]
 
     def _may_prefill_itself(self, decoder: int) -> bool:
         worker = self.decoders.workers[decoder]
@@ -248,7 +249,7 @@ class _Decision:
             worker.facts.ref.worker_id, False, cost_s, own_s, compute_s, 0.0, step_s, cached_tokens,
             worker.tokens_ahead, worker.credits, "prefill on the decode worker itself",
         )  # fmt: skip
-        return _Option(decoder, None, cost_s, ttft_s, cached_tokens, row)
+        return _Option(decoder, None, cost_s, ttft_s, compute_s + step_s, cached_tokens, row)
 
     # --- the choice --------------------------------------------------------------------------------------
 
@@ -307,11 +308,17 @@ class _Decision:
         if option is None:
             return WaitCause.PREFILL_BUSY
         worker = self.decoders.workers[option.decoder]
+        idle = option
+        if self.rules.policy.heeds_costs:
+            ways = local if remote is None else [*local, remote]
+            idle = min(ways, key=lambda way: way.idle_cost_s)
+        is_measured = self.figures.is_measured
         placement = Placement(
             decode=worker.facts.ref,
             prefill=None if option.prefill is None else option.prefill.facts.ref,
             reason=self._reason(worker, option, remote),
-            predicted_ttft_s=option.ttft_s if self.figures.is_measured else None,
+            predicted_ttft_s=option.ttft_s if is_measured else None,
+            idle_ttft_s=min(idle.idle_ttft_s, option.ttft_s) if is_measured else None,
             cached_decode_tokens=int(self.decode_cached.item(option.decoder)),
             cached_prefill_tokens=option.cached_tokens,
             _decoders=self._decoders_shortlist(won, cost_s, option.decoder),

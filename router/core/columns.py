@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 MAX_PREFILL_PROMPTS = 2  # the running prompt and one more
+FEW_HOLDERS = 32  # up to so many, one at a time is faster than all slots at once
 
 _COLUMNS = (
     "credits", "num_blocks", "used", "fullness", "per_block", "room", "num_sequences", "max_sequences",
@@ -165,6 +166,8 @@ def tokens_by_slot(cached: Sequence[tuple[int, int]], num_slots: int, most: int)
     """
     if not cached or not num_slots:
         return np.zeros(num_slots)
+    if sum([mask.bit_count() for mask, _ in cached]) <= FEW_HOLDERS:
+        return _one_by_one(cached, num_slots, most)
     num_bytes = -(-num_slots // 8)
     try:
         packed = b"".join([mask.to_bytes(num_bytes, "little") for mask, _ in cached])
@@ -175,5 +178,17 @@ def tokens_by_slot(cached: Sequence[tuple[int, int]], num_slots: int, most: int)
         len(cached), 8 * num_bytes
     )
     # Each sum has one term besides zeros: float32 is exact up to 16 million tokens.
-    tokens = np.minimum(np.array([tokens for _, tokens in cached], np.float32), np.float32(most))
+    tokens = np.array([min(tokens, most) for _, tokens in cached], np.float32)
     return (tokens @ bits.astype(np.float32))[:num_slots].astype(np.float64)
+
+
+def _one_by_one(cached: Sequence[tuple[int, int]], num_slots: int, most: int) -> Floats:
+    by_slot = np.zeros(num_slots)
+    known = (1 << num_slots) - 1
+    for mask, tokens in cached:
+        left = mask & known
+        while left:
+            slot = left.bit_length() - 1
+            by_slot[slot] = min(tokens, most)
+            left ^= 1 << slot
+    return by_slot

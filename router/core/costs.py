@@ -64,39 +64,44 @@ class Figures:
     decode_carried_s: Floats
     """What a token takes to get there over a link of the mean speed."""
     prefill_s_per_token: Floats
-    link_s_per_byte: Floats
-    """A prefill worker's mean, for links that were not measured."""
-    link_fixed_s: Floats
+    links: Floats
+    """[2, rows]: a prefill worker's mean seconds a byte, and fixed seconds, for links that were not measured."""
     is_measured: bool
     """Whether steps and prefill both rest on a measurement of some worker."""
+
+    @property
+    def link_s_per_byte(self) -> Floats:
+        s_per_byte: Floats = self.links[0]
+        return s_per_byte
+
+    @property
+    def link_fixed_s(self) -> Floats:
+        fixed_s: Floats = self.links[1]
+        return fixed_s
 
 
 def figures_of(decoders: WorkerTable, prefillers: WorkerTable, ttft_per_itl: float) -> Figures:
     """Fills in what was not measured; columns without a gap are the tables' own."""
     step_s = _filled(decoders.empty_step_s, DEFAULT_STEP_S)
-    s_per_byte = prefillers.link_s_per_byte
+    s_per_byte, fixed_s = prefillers.link_s_per_byte, prefillers.link_fixed_s
     is_linked = s_per_byte > 0
     num_linked = int(np.count_nonzero(is_linked))
-    fixed_s = prefillers.link_fixed_s
+    mean_s_per_byte = float(s_per_byte.sum()) / num_linked if num_linked else 1.0 / DEFAULT_LINK_BYTES_PER_S
+    links = np.stack((s_per_byte, fixed_s))
     if num_linked < len(prefillers):
         mean_fixed_s = float(fixed_s[is_linked].mean()) if num_linked else DEFAULT_LINK_FIXED_S
-        fixed_s = np.where(is_linked, fixed_s, mean_fixed_s)
+        links[:, ~is_linked] = [[mean_s_per_byte], [mean_fixed_s]]
     kv_bytes = _filled(decoders.kv_bytes_per_token, DEFAULT_KV_BYTES_PER_TOKEN)
     return Figures(
         decode_step_s=step_s,
         decode_weighted_step_s=step_s * ttft_per_itl,
-        decode_s_per_token=_filled(
-            decoders.s_per_token, _mean(prefillers.s_per_token) or DEFAULT_S_PER_TOKEN
-        ),
+        decode_s_per_token=_filled(decoders.s_per_token, DEFAULT_S_PER_TOKEN, prefillers.s_per_token),
         decode_kv_bytes=kv_bytes,
-        decode_carried_s=kv_bytes * (_mean(s_per_byte) or 1.0 / DEFAULT_LINK_BYTES_PER_S),
-        prefill_s_per_token=_filled(
-            prefillers.s_per_token, _mean(decoders.s_per_token) or DEFAULT_S_PER_TOKEN
-        ),
-        link_s_per_byte=_filled(s_per_byte, 1.0 / DEFAULT_LINK_BYTES_PER_S),
-        link_fixed_s=fixed_s,
-        is_measured=bool(decoders.empty_step_s.any())
-        and bool(decoders.s_per_token.any() or prefillers.s_per_token.any()),
+        decode_carried_s=kv_bytes * mean_s_per_byte,
+        prefill_s_per_token=_filled(prefillers.s_per_token, DEFAULT_S_PER_TOKEN, decoders.s_per_token),
+        links=links,
+        is_measured=_is_known(decoders.empty_step_s)
+        and (_is_known(decoders.s_per_token) or _is_known(prefillers.s_per_token)),
     )
 
 
@@ -147,8 +152,13 @@ def _mean(column: Floats) -> float:
     return float(column.sum()) / num_known if num_known else 0.0
 
 
-def _filled(column: Floats, otherwise: float) -> Floats:
-    """The unknown ones replaced by the mean of the known, or by `otherwise` where none is."""
+def _is_known(column: Floats) -> bool:
+    return int(np.count_nonzero(column)) > 0
+
+
+def _filled(column: Floats, otherwise: float, others: Floats | None = None) -> Floats:
+    """The unknown ones replaced by the mean of the known, then by that of `others`, then by `otherwise`."""
     if int(np.count_nonzero(column)) == len(column):
         return column
-    return np.where(column > 0, column, _mean(column) or otherwise)
+    mean = _mean(column) or (0.0 if others is None else _mean(others))
+    return np.where(column > 0, column, mean or otherwise)

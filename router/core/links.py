@@ -12,12 +12,14 @@ import numpy as np
 from router.core.columns import Floats
 from router.core.fleet import LinkSpeed
 
+NOT_MEASURED = -1.0
+
 
 class LinkTable:
     """Seconds a byte and fixed seconds, by (slot of the pusher, address pushed to)."""
 
     def __init__(self) -> None:
-        self._ways: dict[str, Floats] = {}  # rows: seconds a byte, 0 where not measured; fixed seconds
+        self._ways: dict[str, Floats] = {}  # rows: seconds a byte; fixed seconds; NOT_MEASURED both or none
         self._num_users: dict[str, int] = {}
 
     def open(self, address: str) -> None:
@@ -43,17 +45,17 @@ class LinkTable:
         """The worker in this slot left."""
         for way in self._ways.values():
             if slot < way.shape[1]:
-                way[:, slot] = 0.0
+                way[:, slot] = NOT_MEASURED
 
     def into(self, address: str, num_slots: int) -> Floats | None:
-        """[2, at least num_slots]: seconds a byte from each slot, 0 where not measured, and fixed seconds; None if
-        nobody measured the way there."""
+        """[2, at least num_slots]: seconds a byte from each slot, and fixed seconds, both below 0 where not measured;
+        None if nobody measured the way there."""
         return self._way(address, num_slots) if address in self._ways else None
 
     def _way(self, address: str, num_slots: int) -> Floats:
         way = self._ways.get(address)
         if way is None or way.shape[1] < num_slots:
-            wider = np.zeros((2, num_slots))
+            wider = np.full((2, num_slots), NOT_MEASURED)
             if way is not None:
                 wider[:, : way.shape[1]] = way
             self._ways[address] = way = wider

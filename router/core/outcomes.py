@@ -29,14 +29,16 @@ class Wait:
 class Placement:
     """Where a request goes. `prefill` None: the decode worker prefills by itself.
 
-    `predicted_ttft_s` is None while nothing was measured that it could rest on. The cached tokens are those of the
-    prompt that the worker which decodes, or the one which prefills, holds already.
+    `predicted_ttft_s` is None while nothing was measured that it could rest on; `idle_ttft_s` is what it would be if no
+    prompt were ahead, on the prefill worker that would be best then, and is never above it. The cached tokens are those
+    of the prompt that the worker which decodes, or the one which prefills, holds already.
     """
 
     decode: WorkerRef
     prefill: WorkerRef | None
     reason: str
     predicted_ttft_s: float | None = None
+    idle_ttft_s: float | None = None
     cached_decode_tokens: int = 0
     cached_prefill_tokens: int = 0
     _decoders: Shortlist | None = field(default=None, repr=False, compare=False)

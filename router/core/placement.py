@@ -16,7 +16,7 @@ the policy heeds costs and that is cheaper, and under every policy where no pref
 Knows no clock (`now` is monotonic seconds), no connections, no tokens.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import count
 from random import Random
@@ -36,7 +36,7 @@ from router.core.fleet import (
     WorkerRef,
     WorkerState,
 )
-from router.core.groups import Group
+from router.core.groups import NOBODY, Group
 from router.core.links import LinkTable
 from router.core.outcomes import Choice, Placement, Wait, WaitCause
 from router.core.policies import POLICIES, Policy
@@ -240,17 +240,25 @@ class PlacementState(Generic[K]):
         cached: Sequence[tuple[int, int]] = (),
         avoid: Collection[WorkerRef] = frozenset(),
         prefer: WorkerRef | None = None,
+        spare: Collection[WorkerRef] = frozenset(),
     ) -> Placement | Wait:
         """Chooses workers without charging them: the same state gives the same choice.
 
         `cached`: (mask of slots, tokens) of workers that hold that much of the prompt's beginning; masks are
         disjoint. `avoid`: where an attempt failed, to be used only if nothing else could ever serve the request.
+        `spare`: where one failed some time ago, to be used only if no other can take it now.
         `prefer`: a decode worker to which the prompt was transferred before, so that it need not travel again.
         """
         query = self._query(demand, now, cached, prefer)
+        if spare:
+            query.avoid_decode = query.avoid_prefill = self._slots({*avoid, *spare})
+            decision = self._decide(query)
+            if isinstance(decision, Placement):
+                return decision
         if not avoid:
+            query.avoid_decode = query.avoid_prefill = NOBODY
             return self._decide(query)
-        avoided = {worker.slot for ref in avoid if (worker := self.worker(ref)) is not None}
+        avoided = self._slots(avoid)
         query.avoid_decode = query.avoid_prefill = avoided
         decision = self._decide(query)
         if isinstance(decision, Wait) and decision.cause in ABSENT and avoided:
@@ -261,14 +269,19 @@ class PlacementState(Generic[K]):
         self, demand: Demand, now: float, cached: Sequence[tuple[int, int]] = (), idle: bool = False
     ) -> float | None:
         """Seconds to the first token on the best workers, behind what is charged to them and nothing else; with `idle`,
-        as if no prompt were ahead.
+        as if no prompt were ahead. A `Placement` has both figures already.
 
         None if no worker in touch could take the request, or nothing was measured yet.
         """
         query = self._query(demand, now, cached, None)
-        query.regardless, query.idle = True, idle
+        query.regardless = True
         decision = self._decide(query)
-        return decision.predicted_ttft_s if isinstance(decision, Placement) else None
+        if not isinstance(decision, Placement):
+            return None
+        return decision.idle_ttft_s if idle else decision.predicted_ttft_s
+
+    def _slots(self, refs: Collection[WorkerRef]) -> Set[int]:
+        return {worker.slot for ref in refs if (worker := self.worker(ref)) is not None}
 
     def _query(
         self, demand: Demand, now: float, cached: Sequence[tuple[int, int]], prefer: WorkerRef | None

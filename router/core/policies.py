@@ -140,8 +140,7 @@ def best_of(ballot: Ballot, rank: Callable[[Ballot], Keys]) -> Winner | None:
     keys = rank(ballot)
     first = keys[0]
     if np.count_nonzero(ballot.may) < len(first):
-        first = first.copy()
-        np.putmask(first, ~ballot.may, math.inf)
+        first = np.where(ballot.may, first, math.inf)
     row = int(first.argmin())
     if first.item(row) == math.inf:
         return None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.replay_trace import Trace, TraceRequest, infinite_hits, read_trace, scaled, slice_of
+from bench.replay_trace import MAX_TURNS, Trace, TraceRequest, infinite_hits, read_trace, scaled, slice_of
 
 pytestmark = pytest.mark.unit
 
@@ -113,9 +113,28 @@ def test_a_slice_has_whole_conversations_of_several_turns_by_time() -> None:
     assert len({slice_of(trace, 6, 512, seed) for seed in range(5)}) > 1
 
 
+def test_a_slice_has_the_beginnings_of_long_conversations() -> None:
+    turns = [(float(number), 512 + number, (1,), "a") for number in range(40)]
+    assert slice_of(trace_of(*turns), 100, 1000, 0).requests == trace_of(*turns[:MAX_TURNS]).requests
+    assert slice_of(trace_of(*turns), 100, 514, 0).requests == trace_of(*turns[:3]).requests
+
+
+@given(num_requests=st.integers(1, 30), num_parts=st.integers(1, 30))
+def test_parts_follow_one_another_and_each_begins_at_once(num_requests: int, num_parts: int) -> None:
+    replay = scaled(trace_of(*((float(n), 512, (n,), "a") for n in range(num_requests))), 1, 1)
+    if num_parts > num_requests:
+        with pytest.raises(ValueError, match="cannot be cut"):
+            replay.parts(num_parts)
+        return
+    parts = replay.parts(num_parts)
+    assert len(parts) <= num_parts
+    assert [r.prompt for part in parts for r in part.requests] == [r.prompt for r in replay.requests]
+    assert all([r.at_s for r in part.requests] == list(range(len(part.requests))) for part in parts)
+
+
 def test_a_trace_of_single_requests_has_no_slice() -> None:
     long = trace_of((0, 512, (1,), "a"), (1, 513, (1,), "a"))
-    with pytest.raises(ValueError, match="at most 512 tokens"):
+    with pytest.raises(ValueError, match="two turns of at most 512 tokens"):
         slice_of(long, 2, 512, 0)
     assert slice_of(long, 2, 513, 0) == long
     with pytest.raises(ValueError, match="two turns"):

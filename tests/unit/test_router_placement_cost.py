@@ -356,6 +356,17 @@ def test_where_an_attempt_failed_is_avoided_while_others_could_serve():
     assert fleet.place(2048, avoid={ref("p"), ref("d")}) == ("d", "p")
 
 
+def test_who_is_to_be_spared_serves_where_the_others_have_no_room():
+    fleet = Fleet("p d d2", local_prefill=False)
+    assert fleet.place(2048, spare={ref("d")}) == ("d2", "p")
+    fleet.report("d2", sequences=64)
+    assert fleet.place(2048, avoid={ref("d")}) is WaitCause.NO_CREDIT
+    assert fleet.place(2048, spare={ref("d")}) == ("d", "p")
+    assert fleet.place(2048, spare={ref("d")}, avoid={ref("d")}) is WaitCause.NO_CREDIT
+    fleet.report("d", sequences=64)
+    assert fleet.place(2048, spare={ref("d")}) is WaitCause.NO_CREDIT
+
+
 def test_another_incarnation_is_not_avoided():
     assert Fleet("p d").place(2048, avoid={WorkerRef("d", 7)}) == ("d", "p")
 
@@ -389,6 +400,25 @@ def test_the_time_to_first_token_is_predicted_from_its_parts():
     assert fleet.state.predict_ttft_s(demand(2048), 0.0, cached) == pytest.approx(
         expected - 1024 * S_PER_TOKEN
     )
+
+
+def test_what_is_ahead_is_not_in_the_prediction_for_idle_workers():
+    fleet = Fleet("p p2 d", local_prefill=False)
+    step_s = STEP_S * (1 + 1 / 64)
+    fleet.report("p", queued=5000, links={"d": GOOD})
+    fleet.report("p2", s_per_token=4 * S_PER_TOKEN, links={"d": GOOD})
+    decision = fleet.decide(1000)
+    assert decision.prefill == ref("p2")
+    assert decision.predicted_ttft_s == pytest.approx(4000 * S_PER_TOKEN + GOOD.fixed_s + step_s)
+    assert decision.idle_ttft_s == pytest.approx(1000 * S_PER_TOKEN + GOOD.fixed_s + step_s)
+    assert fleet.state.predict_ttft_s(demand(1000), 0.0, idle=True) == decision.idle_ttft_s
+
+
+def test_what_the_decode_worker_has_ahead_is_not_in_it_either():
+    fleet = Fleet("d")
+    fleet.report("d", queued=300)
+    decision = fleet.decide(100)
+    assert decision.predicted_ttft_s - decision.idle_ttft_s == pytest.approx(300 * S_PER_TOKEN)
 
 
 def test_a_prediction_looks_behind_workers_that_are_taken():
@@ -507,12 +537,13 @@ def test_objectives_are_positive(objective):
 
 
 @given(
-    holders=st.lists(st.integers(0, 3), max_size=70),
+    holders=st.lists(st.integers(0, 5), max_size=70),
     tokens=st.lists(st.integers(0, 5000), min_size=4, max_size=4),
     num_slots=st.integers(0, 70),
 )
 def test_tokens_by_slot_are_those_of_the_mask_that_names_the_slot(holders, tokens, num_slots):
     masks = [sum(1 << slot for slot, holder in enumerate(holders) if holder == each) for each in range(4)]
     found = tokens_by_slot(list(zip(masks, tokens, strict=True)), num_slots, 4000)
-    expected = [min(tokens[holders[slot]], 4000) if slot < len(holders) else 0 for slot in range(num_slots)]
+    held = dict(enumerate([*tokens, 0, 0]))  # the last two kinds of slots hold nothing
+    expected = [min(held[holders[slot]], 4000) if slot < len(holders) else 0 for slot in range(num_slots)]
     assert found.tolist() == expected

@@ -116,6 +116,9 @@ class PlacementMachine(RuleBasedStateMachine):
         assert predicted is None or (math.isfinite(predicted) and predicted > 0)
         if isinstance(decision, Wait):
             return
+        assert (decision.idle_ttft_s is None) == (decision.predicted_ttft_s is None)
+        if decision.predicted_ttft_s is not None:
+            assert 0 < decision.idle_ttft_s <= decision.predicted_ttft_s
         self._check(decision, wanted, now, cached, avoid)
         self.placement.charge(self.num_keys, decision, wanted)
         decode = self.placement.worker(decision.decode)

@@ -10,8 +10,8 @@ from router.core.answer import Answer
 from router.core.fleet import Demand, Identity, Role, WorkerFacts, WorkerRef, WorkerState
 from router.core.index_feed import IndexFeed, KeyScheme
 from router.core.lifecycle import Lifecycle
-from router.core.placement import POLICIES, Placement, PlacementState
-from router.placer import Placer
+from router.core.placement import POLICIES, Placement, PlacementState, Wait
+from router.placer import AVOID_S, Placer
 from router.prompt_keys import KeyRoots
 from router.requests import Request, RequestKey
 
@@ -23,12 +23,13 @@ PROMPT = list(range(100))
 
 
 class Fleet:
-    """A placer and its workers, at time 0."""
+    """A placer and its workers, at time `now`, which is 0 at first."""
 
     def __init__(self) -> None:
+        self.now = 0.0
         self.placement: PlacementState[RequestKey] = PlacementState(POLICIES["cost"], 1024)
         self.feed = IndexFeed()
-        self.placer = Placer(self.placement, self.feed, KeyRoots(b"s" * 16), lambda: 0.0)
+        self.placer = Placer(self.placement, self.feed, KeyRoots(b"s" * 16), lambda: self.now)
 
     def join(self, worker_id: str, role: Role) -> WorkerRef:
         ref = WorkerRef(worker_id, 7)
@@ -144,3 +145,21 @@ def test_predictions_are_held_against_what_workers_find() -> None:
     fleet.placer.ended(request, "again")
     assert [decision.ended for decision in request.decisions] == ["FINISHED"]
     assert all(worker.prefill_tokens == worker.charged_sequences == 0 for worker in fleet.placement.workers)
+
+
+def test_where_an_attempt_failed_a_request_goes_back_in_the_end_if_the_others_have_no_room() -> None:
+    fleet = Fleet()
+    failed, other = fleet.join("d", Role.DECODE), fleet.join("d2", Role.DECODE)
+    request = fleet.request()
+    assert fleet.dispatch(request).decode == failed
+    fleet.placer.ended(request, "KV_FAILED")
+    request.failed_on.add(failed)
+    assert fleet.dispatch(request).decode == other
+    fleet.placer.ended(request, "WORKER_DRAINED")
+    fleet.placement.report(other, state=WorkerState.SERVING, free_blocks=0, num_sequences=8)
+    assert isinstance(fleet.placer.place(request), Wait)
+    fleet.now = AVOID_S
+    assert fleet.dispatch(request).decode == failed
+    fleet.placer.ended(request, "KV_FAILED")
+    fleet.now += AVOID_S / 2
+    assert isinstance(fleet.placer.place(request), Wait)
