@@ -4,9 +4,10 @@ A real router in a process of its own, with the model's tokenizer; mock workers 
 in a second process, clients in a third. Time to first token through the router is compared with calls to the
 bare server, which sends messages of the same size: legs take turns, and answers last so long that about 200
 requests a second are under way at each concurrency. CPU seconds are those of the router's process under paced
-load: 200 requests a second of 512 bytes and 16 tokens, and 128 streams with a token every 20 ms. `bare_` are
-the bare server's under the same load: what gRPC for Python takes by itself. At saturation mock workers do not
-wait between steps; clients and workers share the machine then. Placement is measured in this process
+load: 200 requests a second of 512 bytes and 16 tokens, and 128 streams with a token every 20 ms; `_direct`:
+while the clients stream these from the workers, past the router. `bare_` are the bare server's under the same
+load: what gRPC for Python takes by itself. At saturation mock workers do not wait between steps; clients and
+workers share the machine then. Placement is measured in this process
 (`bench.router_placement`).
 """
 
@@ -131,7 +132,12 @@ class _Bench:
             self._under(Load(target=target, num_tokens=STREAM_TOKENS, concurrency=NUM_STREAMS), STEP_S)
             for target in (ROUTED, DIRECT)
         )
+        past_router = self._under(
+            Load(target=ROUTED, num_tokens=STREAM_TOKENS, concurrency=NUM_STREAMS, direct=True), STEP_S
+        )
         return {
+            "cpu_s_per_100k_tokens_direct": 1e5 * past_router.router_cpu_s / past_router.num_tokens,
+            "paced_tokens_per_s_direct": past_router.num_tokens / past_router.seconds,
             "paced_tokens_per_s": routed.num_tokens / routed.seconds,
             "paced_tokens_per_message": routed.num_tokens / routed.num_messages,
             "cpu_s_per_100k_tokens": 1e5 * routed.router_cpu_s / routed.num_tokens,

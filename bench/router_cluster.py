@@ -163,6 +163,7 @@ def running(environment: dict[str, str]) -> Iterator[BenchCluster]:
             cluster_secret=secret,
             listen="127.0.0.1:0",
             max_context=MAX_CONTEXT,
+            streaming="direct",
         )
 
         def start(name: str, settings: object) -> BenchProcess:

@@ -11,12 +11,14 @@ import itertools
 import random
 import string
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
 from bench.router_settings import NUM_BYTES_PER_PROMPT
+from headrace._direct import AsyncDirectChannels, TwoStreams
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc
 
@@ -29,12 +31,13 @@ WORDS = 512
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """Calls for answers of `num_tokens` tokens: `concurrency` at a time, each followed by the next; or `rate` a
-    second, whatever becomes of them. One of both is 0."""
+    second, whatever becomes of them. One of both is 0. `direct`: by clients that can stream from workers."""
 
     target: str
     num_tokens: int
     concurrency: int = 0
     rate: float = 0.0
+    direct: bool = False
 
     def __post_init__(self) -> None:
         if (self.concurrency > 0) == (self.rate > 0):
@@ -104,6 +107,7 @@ class Clients:
             name: [grpc.aio.insecure_channel(address, options=options) for _ in range(NUM_CHANNELS)]
             for name, address in targets.items()
         }
+        self._direct_channels = AsyncDirectChannels()
         self._prompts = Prompts()
         self._seen = Seen()
         self._load_task: asyncio.Task[None] | None = None
@@ -142,6 +146,7 @@ class Clients:
 
     async def close(self) -> None:
         await self.end()
+        await self._direct_channels.aclose()
         for channel in itertools.chain(*self._channels.values()):
             await channel.close()
 
@@ -182,9 +187,9 @@ class Clients:
         channels = self._channels[load.target]
         stub = inference_pb2_grpc.InferenceStub(channels[next(self._turn) % len(channels)])
         sampling = pb.SamplingParams(max_tokens=load.num_tokens, temperature=0.0)
-        request = pb.GenerateRequest(text=self._prompts.next(), sampling=sampling)
+        request = pb.GenerateRequest(text=self._prompts.next(), sampling=sampling, direct=load.direct)
         check, began_s = AnswerCheck(load.num_tokens), time.perf_counter()
-        async for message in stub.Generate(request):
+        async for message in self._messages(stub.Generate(request)):
             num_new = check.take(message)
             if num_new and check.num_tokens == num_new:
                 self._seen.ttft_s.append(time.perf_counter() - began_s)
@@ -192,3 +197,22 @@ class Clients:
             self._seen.num_messages += 1
         check.end()
         self._seen.num_requests += 1
+
+    async def _messages(self, call: Any) -> AsyncIterator[pb.GenerateResponse]:
+        """Of the router's stream, and of a worker's beside it from where the router's stood: then tokens that came on
+        one are left out of the other."""
+        streams, num_tokens, has_two = TwoStreams(call, self._direct_channels), 0, False
+        try:
+            while isinstance(message := await streams.read(), pb.GenerateResponse):
+                if message.HasField("ticket"):
+                    streams.redeem(message.ticket, [num_tokens], None)
+                    has_two = True
+                if has_two and message.HasField("delta"):
+                    num_known = max(0, num_tokens - message.delta.first_index)
+                    del message.delta.token_ids[:num_known]
+                    message.delta.first_index += num_known
+                num_tokens += len(message.delta.token_ids)
+                if message.delta.token_ids or not message.HasField("delta"):
+                    yield message
+        finally:
+            streams.cancel()

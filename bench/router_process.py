@@ -12,6 +12,7 @@ import logging
 import logging.handlers
 import pickle
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from bench.router_steps import StepClock
 from bench.router_worker import MockCache, MockWorker
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc, worker_pb2
 from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, cluster_token
+from kvtransfer.direct_ticket import TicketDesk
 from router.server import RouterServer
+from worker.direct import DirectServer
 
 JOIN_S = 15.0
 LOG_BYTES = 32 << 20
@@ -66,6 +69,7 @@ async def _work(settings: WorkersSettings) -> None:
     for number, role in enumerate(roles):
         hello = router_worker.hello_of(f"w{number}", role, settings.tokenizer_digest, settings.vocab_size)
         workers[hello.kv_address] = MockWorker(hello, MockCache(settings.cluster_secret), clock, workers)
+    direct_servers = [await _serve_directly(worker, settings.cluster_secret) for worker in workers.values()]
     servers = [await router_worker.serve(worker) for worker in workers.values()]
     direct, address = await router_direct.serve(clock)
     async with grpc.aio.insecure_channel(settings.router) as channel:
@@ -81,9 +85,24 @@ async def _work(settings: WorkersSettings) -> None:
     async def count() -> dict[str, Any]:
         return {worker.hello.worker_id: worker.num_prefilled_here for worker in workers.values()}
 
-    await _obey({"pace": pace, "count": count})
+    async def streamed() -> dict[str, Any]:
+        return {"num_streams": sum(worker.num_streamed_directly for worker in workers.values())}
+
+    await _obey({"pace": pace, "count": count, "streamed": streamed})
+    for direct_server in direct_servers:
+        await direct_server.stop(0)
     for server in (direct, *(server for server, _ in servers)):
         await server.stop(0)
+
+
+async def _serve_directly(worker: MockWorker, secret: bytes) -> DirectServer:
+    """A worker's port for clients, of which its hello tells."""
+    epoch = worker.hello.epoch
+    server = DirectServer("127.0.0.1", 0, TicketDesk(secret, time.time), lambda: epoch)
+    server.on_redeemed = worker.open_direct
+    worker.hello.direct_address = server.address
+    await server.start()
+    return server
 
 
 async def _join(channel: grpc.aio.Channel, worker: MockWorker, address: str, secret: bytes) -> None:

@@ -10,18 +10,22 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
 from bench.router_settings import BLOCK_TOKENS, MAX_CONTEXT
 from bench.router_steps import StepClock
+from decode.direct import BulkPace
 from headrace.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from kvtransfer.direct_ticket import DirectTicket
 from kvtransfer.keys import keys_for, root_key, tenant_secret
 from router.core.tenants import DEFAULT_TENANT
+from rpc.call import ServerCall
 from worker.block_journal import BlockJournal, BlockStream
+from worker.direct import DirectRefused
 
 REPORT_S = 0.2
 NUM_BLOCKS = 1 << 16
@@ -67,17 +71,47 @@ class _Running:
     max_tokens: int
     num_blocks: int
     num_tokens: int = 0
+    num_told: int = 0
+    ticket_id: bytes = b""
+    reader: ServerCall | None = None
+    pace: BulkPace = field(default_factory=BulkPace)
 
-    def next_output(self) -> worker_pb2.ChoiceOutput:
-        output = worker_pb2.ChoiceOutput(
-            key=self.key,
-            delta=inference_pb2.Delta(first_index=self.num_tokens, token_ids=(TOKEN_ID,), text=TOKEN_TEXT),
-        )
+    def next_output(self, now: float) -> worker_pb2.ChoiceOutput | None:
+        """The next token; None for the router where a client reads it here, and the router does not yet."""
         self.num_tokens += 1
+        if self.reader is not None:
+            self._send(self.reader, self.num_tokens - 1)
+            if self.num_tokens < self.max_tokens and not self.pace.is_due(now):
+                return None
+        output = worker_pb2.ChoiceOutput(key=self.key, delta=self._delta(self.num_told))
+        self.num_told = self.num_tokens
         if self.num_tokens >= self.max_tokens:
-            output.finished.reason = inference_pb2.FINISH_REASON_LENGTH
-            output.finished.num_tokens = self.num_tokens
+            output.finished.CopyFrom(self._finish())
         return output
+
+    def catch_up(self, next_index: int) -> None:
+        """Sends the reader what it lacks."""
+        if self.reader is not None and next_index < self.num_tokens:
+            self._send(self.reader, next_index)
+
+    def _send(self, reader: ServerCall, first_index: int) -> None:
+        delta = self._delta(first_index)
+        delta.text_offset = delta.first_index * len(TOKEN_TEXT)
+        reader.send(inference_pb2.GenerateResponse(delta=delta))
+        if self.num_tokens >= self.max_tokens:
+            reader.send(inference_pb2.GenerateResponse(choice_finished=self._finish()))
+            reader.end()
+
+    def _delta(self, first_index: int) -> inference_pb2.Delta:
+        num_new = self.num_tokens - first_index
+        return inference_pb2.Delta(
+            first_index=first_index, token_ids=(TOKEN_ID,) * num_new, text=TOKEN_TEXT * num_new
+        )
+
+    def _finish(self) -> inference_pb2.ChoiceFinished:
+        return inference_pb2.ChoiceFinished(
+            reason=inference_pb2.FINISH_REASON_LENGTH, num_tokens=self.num_tokens
+        )
 
 
 class MockWorker(worker_pb2_grpc.WorkerServicer):
@@ -92,6 +126,7 @@ class MockWorker(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         self.hello = hello
         self.num_prefilled_here = 0
+        self.num_streamed_directly = 0
         self._cache = cache
         self._clock = clock
         self._partners = partners
@@ -196,6 +231,27 @@ class MockWorker(worker_pb2_grpc.WorkerServicer):
             self._running[name] = self._due[name] = running
             self._news.set()
 
+    def open_direct(self, ticket: DirectTicket, next_index: Sequence[int], call: ServerCall) -> None:
+        """A client reads its tokens here, from the first that it lacks."""
+        name = (ticket.tenant, ticket.request_id, ticket.attempt)
+        running = self._reserved.get(name) or self._running.get(name)
+        if running is None:
+            raise DirectRefused(grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST", "the attempt is not here")
+        running.reader, running.ticket_id = call, bytes.fromhex(ticket.ticket_id)
+        call.on_over = lambda: self._left(running)
+        self.num_streamed_directly += 1
+        self._tell(running, worker_pb2.DIRECT_PHASE_OPEN)
+        running.catch_up((list(next_index) or [0])[0])
+
+    def _left(self, running: _Running) -> None:
+        running.reader = None
+        is_whole = running.num_tokens >= running.max_tokens
+        phase = worker_pb2.DIRECT_PHASE_DELIVERED if is_whole else worker_pb2.DIRECT_PHASE_BROKEN
+        self._tell(running, phase)
+
+    def _tell(self, running: _Running, phase: worker_pb2.DirectPhase) -> None:
+        self._say(direct=worker_pb2.DirectState(key=running.key, ticket_id=running.ticket_id, phase=phase))
+
     def _forget(self, name: AttemptName) -> None:
         for requests in (self._reserved, self._running, self._due):
             requests.pop(name, None)
@@ -221,12 +277,16 @@ class MockWorker(worker_pb2_grpc.WorkerServicer):
         if not self._due:
             return None
         due, self._due = self._due, {}
-        outputs = [running.next_output() for running in due.values()]
+        now = asyncio.get_running_loop().time()
+        produced = [running.next_output(now) for running in due.values()]
+        outputs = [output for output in produced if output is not None]
         for name, running in due.items():
             if running.num_tokens >= running.max_tokens:
                 self._running.pop(name, None)
         if not self._clock.step_s:
             self._due.update(self._running)
+        if not outputs:
+            return None
         return worker_pb2.WorkerMessage(step=worker_pb2.StepOutput(outputs=outputs, step_s=STEP_S))
 
     async def _report(self) -> None:

@@ -269,6 +269,9 @@ class Router(Section):
     """How many; the second one listens on the port after the first one's, and so on."""
     policy: Policy = "cost"
     """How workers are chosen."""
+    streaming: Literal["relay", "direct"] = "relay"
+    """How tokens reach clients. relay: through the router. direct: from the worker that writes them, where the client
+    can do that and reaches it, else through the router; each decode worker then listens for clients."""
     slo: Slo | None = None
     queue: Annotated[int, Field(ge=1, le=1 << 32)] = 65536
     """Prompt tokens that may wait; beyond it requests are refused at once."""

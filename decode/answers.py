@@ -25,6 +25,17 @@ class _Token:
     logprobs: inference_pb2.TokenLogprobs | None
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens of one choice that follow one another, with their text, `text_offset` code points into the choice's."""
+
+    first_index: int
+    token_ids: tuple[int, ...]
+    text: str
+    text_offset: int
+    logprobs: tuple[inference_pb2.TokenLogprobs, ...]
+
+
 class ChoiceAnswer:
     """One choice: tokens from index 0, the text shown, and how it ended."""
 
@@ -35,11 +46,14 @@ class ChoiceAnswer:
         stops: Sequence[str],
         hidden_token_ids: Collection[int],
         keeps_all: bool = False,
+        keeps_behind: int = 0,
     ) -> None:
         """`hidden_token_ids` end the answer when drawn as its last, and are then not shown as text. `keeps_all`: also
-        tokens that were acknowledged."""
+        tokens that were acknowledged; `keeps_behind`: the last so many of those, until all were."""
         self.choice = choice
         self._keeps_all = keeps_all
+        self._keeps_behind = keeps_behind
+        self._num_chars = 0
         self.finished: inference_pb2.ChoiceFinished | None = None
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._scanner = StopScanner(stops)
@@ -86,6 +100,7 @@ class ChoiceAnswer:
         shown, stop = self._scanner.feed(text)
         if drawn.finish and stop is None:
             shown += self._scanner.flush()
+        self._num_chars += len(shown)
         self._kept.append(_Token(drawn.token_id, shown, logprobs_to_wire(drawn.logprobs)))
         if stop is not None:
             self._finish(FinishReason.STOP, stop=stop)
@@ -122,9 +137,26 @@ class ChoiceAnswer:
         self._next_sent = self.num_tokens
         return output
 
+    def since(self, index: int) -> Part | None:
+        """The tokens from `index` on, sent or not; None where the first of them is not kept any more, or is not the
+        next to be drawn either."""
+        if not self._first_kept <= index <= self.num_tokens:
+            return None
+        tokens = self._kept[index - self._first_kept :]
+        text = "".join(token.text for token in tokens)
+        return Part(
+            first_index=index,
+            token_ids=tuple(token.token_id for token in tokens),
+            text=text,
+            text_offset=self._num_chars - len(text),
+            logprobs=tuple(token.logprobs for token in tokens if token.logprobs is not None),
+        )
+
     def acknowledge(self, next_index: int) -> None:
         """Forget tokens before `next_index`; the router has them."""
         next_index = min(next_index, self._next_sent)
+        if self.finished is None or next_index < self.num_tokens:
+            next_index -= self._keeps_behind
         if next_index > self._first_kept and not self._keeps_all:
             del self._kept[: next_index - self._first_kept]
             self._first_kept = next_index
@@ -147,8 +179,13 @@ class Answer:
     """Every choice of one request; a `worker.link.TokenSource`."""
 
     def __init__(
-        self, key: worker_pb2.RequestKey, tokenizer: Tokenizer, task: worker_pb2.GenerationTask
+        self,
+        key: worker_pb2.RequestKey,
+        tokenizer: Tokenizer,
+        task: worker_pb2.GenerationTask,
+        keeps_behind: int = 0,
     ) -> None:
+        """`keeps_behind`: acknowledged tokens of each choice that are kept for who comes to read them here."""
         hidden = {*task.sampling.stop_token_ids, *task.eos_token_ids}
         # Of an answer that goes on, the logprobs of the known tokens are not known here.
         goes_on = any(known.token_ids for known in task.so_far)
@@ -157,7 +194,7 @@ class Answer:
         self.is_whole = keeps_all
         """Whether every token from the first on is kept."""
         self.choices = [
-            ChoiceAnswer(choice, tokenizer, task.sampling.stop, hidden, keeps_all)
+            ChoiceAnswer(choice, tokenizer, task.sampling.stop, hidden, keeps_all, keeps_behind)
             for choice in range(task.sampling.n or 1)
         ]
         for answer, known in zip(self.choices, task.so_far, strict=False):

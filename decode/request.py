@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from decode.answers import Answer
+from decode.direct import BulkPace, DirectReader
 from engine.request import SamplingParams
 from engine.resumption import SoFar
 from headrace.v1 import kvtransfer_pb2, worker_pb2
@@ -43,6 +44,9 @@ class Request:
     decoding: bool = False
     control: list[worker_pb2.WorkerMessage] = field(default_factory=list)
     """Sent already; sent again when the router asks again."""
+    readers: list[DirectReader] = field(default_factory=list)
+    """Clients that read the answer here."""
+    pace: BulkPace = field(default_factory=BulkPace)
 
     def __post_init__(self) -> None:
         """It was heard of now."""
@@ -71,6 +75,21 @@ class Request:
         """Go on as another attempt; what was said of this one is not said again."""
         self.key = self.answer.key = key
         self.control.clear()
+
+    def deliver(self, step_s: float, now: float) -> None:
+        """The answer has grown: readers get it at once, the router too unless they do."""
+        if not self.readers:
+            self.link.mark(self.answer, step_s)
+            return
+        for reader in tuple(self.readers):
+            reader.push()
+        if self.answer.finished or self.pace.is_due(now):
+            self.link.mark(self.answer, step_s)
+
+    def hang_up(self, cause: str, message: str) -> None:
+        """End the streams of all readers."""
+        for reader in tuple(self.readers):
+            reader.give_up(cause, message)
 
     def send(self, message: worker_pb2.WorkerMessage) -> None:
         """To its router, and again when the router asks again."""
@@ -113,6 +132,13 @@ def reserved(request: Request, context: WorkerContext) -> worker_pb2.WorkerMessa
             kv_dtypes=chain.from_iterable(context.engine.layout.dtypes),
         )
     )
+
+
+def direct_state(
+    key: worker_pb2.RequestKey, ticket_id: bytes, phase: worker_pb2.DirectPhase
+) -> worker_pb2.WorkerMessage:
+    """The word to the router of a client that reads here, or has gone."""
+    return worker_pb2.WorkerMessage(direct=worker_pb2.DirectState(key=key, ticket_id=ticket_id, phase=phase))
 
 
 def prefilled_here(request: Request, now: float) -> worker_pb2.WorkerMessage:

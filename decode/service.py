@@ -13,14 +13,21 @@ import logging
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 
+import grpc
+
 from decode.answers import Answer
-from decode.request import Request, check_handoff, prefilled_here, reserved
+from decode.direct import MAX_READERS, DirectReader
+from decode.request import Request, check_handoff, direct_state, prefilled_here, reserved
 from engine.events import SequenceFailed, StepResult, TokenDrawn
 from engine.request import Drawn
 from headrace.v1 import kvtransfer_pb2, worker_pb2
+from headrace.v1.worker_pb2 import DIRECT_PHASE_OPEN, DirectPhase
 from kvtransfer.choosers import strictest
+from kvtransfer.direct_ticket import DirectTicket
 from kvtransfer.lease_types import RequestId
 from kvtransfer.transports.seam import HandoffRefused
+from rpc.call import ServerCall
+from worker.direct import DirectRefused
 from worker.leasing import DEADLINE_EXCEEDED, LOST_CAUSES, NO_CAPACITY, NotReserved
 from worker.link import RouterLink
 from worker.prefix_sources import Wanted
@@ -38,6 +45,7 @@ from worker.wire import (
 
 logger = logging.getLogger(__name__)
 
+KEPT_FOR_READERS = 64  # tokens of a choice: a client may be a second on its way here with its ticket
 MAX_FINISHED_ANSWERS = 1024
 MAX_FINISHED_TOKENS = 1 << 18  # some 40 MB at most: routers acknowledge within a moment
 
@@ -53,6 +61,10 @@ class DecodeService:
         self._leases = context.leases
         self._leases.on_lost = self._on_lease_lost
         self._leases.on_commit = self.adopt
+        self._keeps_behind = 0
+        if context.direct is not None:
+            context.direct.on_redeemed = self._open_direct
+            self._keeps_behind = KEPT_FOR_READERS
         self._requests: dict[RequestId, Request] = {}
         self._by_lease: dict[bytes, Request] = {}
         self._finished: OrderedDict[RequestId, Request] = OrderedDict()
@@ -109,7 +121,7 @@ class DecodeService:
         bound = strictest((self._context.config.fidelity, message.task.fidelity)).rank
         # May raise, so before there is a lease.
         so_far = so_far_of(message.task)
-        answer = Answer(message.key, self._context.tokenizer, message.task)
+        answer = Answer(message.key, self._context.tokenizer, message.task, self._keeps_behind)
         lease_id = self._leases.grant(
             _request_id(message.key),
             message.key.attempt,
@@ -223,6 +235,7 @@ class DecodeService:
                 return False
             self._tell_taken_over(request_id, link)
             request.link.unmark(request.answer)
+            request.hang_up("TAKEN_OVER", "another router goes on with this request")
             request.become(key)
         request.hear(link)
         request.answer.rewind([0] * len(request.answer.choices))
@@ -304,8 +317,9 @@ class DecodeService:
             self._engine.finish_choice(request.lease_id, choice)
 
     def _deliver(self, requests: Iterable[Request], step_s: float) -> None:
+        now = self._context.clock()
         for request in requests:
-            request.link.mark(request.answer, step_s)
+            request.deliver(step_s, now)
             if request.answer.finished:
                 self._finish(request)
 
@@ -321,6 +335,37 @@ class DecodeService:
         while len(self._finished) > MAX_FINISHED_ANSWERS or kept > MAX_FINISHED_TOKENS:
             _, oldest = self._finished.popitem(last=False)
             kept -= oldest.answer.num_kept
+
+    # --- clients that read here ----------------------------------------------------------------
+
+    def _open_direct(self, ticket: DirectTicket, next_index: Sequence[int], call: ServerCall) -> None:
+        """Send a client this attempt's tokens from now on. Raises DirectRefused."""
+        request = self._find(
+            worker_pb2.RequestKey(tenant=ticket.tenant, request_id=ticket.request_id, attempt=ticket.attempt)
+        )
+        if request is None:
+            text = "this attempt is not, or no longer, on this worker"
+            raise DirectRefused(grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST", text)
+        choices = request.answer.choices
+        indices = list(next_index) or [0] * len(choices)
+        if len(indices) != len(choices) or len(request.readers) >= MAX_READERS:
+            text = f"{len(indices)} choices are asked for, of {len(choices)}; {len(request.readers)} clients read"
+            raise DirectRefused(grpc.StatusCode.FAILED_PRECONDITION, "BAD_DIRECT_REQUEST", text)
+        # A client may have more than this attempt: it passes over what it knows.
+        indices = [min(index, choice.num_tokens) for choice, index in zip(choices, indices, strict=True)]
+        if any(choice.since(index) is None for choice, index in zip(choices, indices, strict=True)):
+            text = f"tokens from index {indices} are not kept here"
+            raise DirectRefused(grpc.StatusCode.FAILED_PRECONDITION, "TOKENS_GONE", text)
+
+        def over(ended: DirectReader, phase: DirectPhase) -> None:
+            request.readers.remove(ended)
+            request.link.send(direct_state(request.key, ended.ticket_id, phase))
+            request.link.mark(request.answer)
+
+        reader = DirectReader(bytes.fromhex(ticket.ticket_id), call, request.answer, indices, over)
+        request.readers.append(reader)
+        request.link.send(direct_state(request.key, reader.ticket_id, DIRECT_PHASE_OPEN))
+        reader.push()
 
     # --- failures ------------------------------------------------------------------------------
 
@@ -368,6 +413,7 @@ class DecodeService:
             if request is not None and request.key.attempt < older_than:
                 self._drop(request)
                 self._finished.pop(request_id, None)
+                request.hang_up("ATTEMPT_OVER", "this attempt has ended; the router goes on")
                 request.link.unmark(request.answer)
 
     def _drop(self, request: Request) -> None:

@@ -67,9 +67,9 @@ class RequestBook:
         remaining_s = max(0.0, request.deadline_s - self._clock())
         request.deadline_timer = self._call_later(remaining_s, lambda: self.deadline_passed(request))
 
-    def attach(self, request: Request, next_index: int) -> Attachment:
+    def attach(self, request: Request, next_index: int, wants_direct: bool = False) -> Attachment:
         """A new listener, from that token index of every choice on."""
-        attachment = Attachment(request, next_index, self._clock)
+        attachment = Attachment(request, next_index, self._clock, wants_direct)
         request.attachments.append(attachment)
         self._attachments.add(attachment)
         if request.orphan_timer is not None:

@@ -12,6 +12,7 @@ from router.core.placement import POLICIES
 from router.core.tenants import Tenant
 
 MIN_SECRET_BYTES = 16
+STREAMINGS = ("relay", "direct")
 
 
 class Tokenizer(Protocol):
@@ -53,6 +54,9 @@ class RouterConfig:
     max_context: int = 8192
     """Tokens of prompt and answer together."""
     policy: str = "cost"
+    streaming: str = "relay"
+    """How tokens reach clients: relay, through this router; direct, from the worker that writes them, where the client
+    can do that and reaches it."""
     fidelity: str = "exact"
     """Worst class of KV codec that workers may use: exact, near or compact."""
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -95,6 +99,10 @@ class RouterConfig:
             raise ValueError(f"cluster_secret must have at least {MIN_SECRET_BYTES} bytes")
         if self.policy not in POLICIES:
             raise ValueError(f"policy {self.policy!r} is unknown; it must be one of {', '.join(POLICIES)}")
+        if self.streaming not in STREAMINGS:
+            raise ValueError(
+                f"streaming {self.streaming!r} is unknown; it must be one of {', '.join(STREAMINGS)}"
+            )
         if any(not key or not tenant for key, tenant in self.api_keys.items()):
             raise ValueError("api_keys must hold neither an empty key nor an empty tenant")
         for name, tenant in self.tenants.items():

@@ -21,6 +21,7 @@ from router.core.fleet import WorkerRef
 from router.core.lifecycle import RequestState
 from router.core.placement import Placement, WaitCause
 from router.core.queue import Entry, TokenQueue
+from router.direct import DirectSources
 from router.gate import Gate
 from router.placer import Placer
 from router.requests import CallLater, Request, RequestKey
@@ -57,7 +58,9 @@ class Dispatcher:
         handles: ResumeHandles,
         clock: Callable[[], float],
         call_later: CallLater,
+        direct: DirectSources | None = None,
     ) -> None:
+        """`direct`: which workers serve clients directly; None: the router relays everything."""
         self.queue = queue
         self._absent_since_s: float | None = None
         self._book = book
@@ -69,6 +72,7 @@ class Dispatcher:
         self._clock = clock
         self._call_later = call_later
         self._pumping = False
+        self._direct = direct
         book.on_ending = self._on_ending
 
     # --- requests ----------------------------------------------------------------------------------------
@@ -172,6 +176,9 @@ class Dispatcher:
         if request.resumable:
             request.resume_handle = self._handles.make(request, request.attempt, ref)
             request.num_handles += 1
+        if self._direct is not None:
+            request.direct_source = self._direct.of(ref, *request.key, request.attempt)
+        if request.resumable or any(each.wants_direct for each in request.attachments):
             request.wake()
         request.lifecycle.move(RequestState.RESERVED, self._clock())
         request.lifecycle.move(RequestState.PREFILLING, self._clock())
@@ -207,6 +214,13 @@ class Dispatcher:
             self._book.tokens_came(request)
             if request.answer.is_complete:
                 self._finish_if_complete(request)
+
+    def on_direct(self, ref: WorkerRef, message: worker_pb2.DirectState) -> None:
+        """A client began, or ended, to read its tokens from the worker itself."""
+        request = self._current(ref, message.key)
+        if request is not None:
+            for attachment in tuple(request.attachments):
+                attachment.direct_changed(message.ticket_id.hex(), message.phase)
 
     def on_failed(self, ref: WorkerRef, message: worker_pb2.AttemptFailed) -> None:
         """An attempt ended on a worker without an answer."""
@@ -259,6 +273,8 @@ class Dispatcher:
         for request in self._on(ref):
             if request.placement is None:
                 continue
+            for attachment in tuple(request.attachments):
+                attachment.relay_again()  # the word that a direct stream broke may be lost with the link
             if ref == request.placement.prefill:
                 if request.lease is not None and request.prefill is None:
                     self._attempts.start_prefill(request, ref)

@@ -98,6 +98,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             next_index=request.next_index,
             resume_handle=request.resume_handle,
             priority=request.priority,
+            wants_direct=request.direct,
         )
         try:
             attachment = self._intake.open(asked)

@@ -50,6 +50,7 @@ class Call:
     next_index: int
     resume_handle: bytes
     priority: int
+    wants_direct: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +102,13 @@ class Intake:
             raise _failed(Code.ALREADY_EXISTS, "REQUEST_EXISTS", "this request_id was used with another body")
         if known is not None and not known.may_restart:
             known.resumable = known.resumable or call.resumable
-            return self._book.attach(known, call.next_index)
+            return self._book.attach(known, call.next_index, call.wants_direct)
         if not self._is_open:
             raise _failed(Code.UNAVAILABLE, "SHUTTING_DOWN", "the router is stopping", retryable=True)
         origin = self._origin(call, body, known)
         request = self._new_request(call, key, body, origin)
         self._book.begin(request)
-        attachment = self._book.attach(request, call.next_index)
+        attachment = self._book.attach(request, call.next_index, call.wants_direct)
         self._admit(request, call, origin)
         return attachment
 

@@ -15,6 +15,7 @@ from router.core.failures import Code, Failure, Rejection, Stage, invalid
 from router.core.fleet import Identity, LinkSpeed, Role, WorkerFacts, WorkerRef, WorkerState
 from router.core.index_feed import IndexFeed, KeyScheme
 from router.core.placement import PlacementState
+from router.direct import DirectSources
 from router.dispatcher import Dispatcher
 from router.requests import RequestKey
 from router.workers import LinkSettings, WorkerLink, WrongWorker
@@ -76,8 +77,10 @@ class Membership:
         tokenizer_digest: str,
         clock: Callable[[], float],
         on_change: Callable[[], None],
+        direct: DirectSources | None = None,
     ) -> None:
-        """`on_change` is called whenever a worker came, went or changed its state."""
+        """`on_change` is called whenever a worker came, went or changed its state. `direct` is told of those that serve
+        clients directly."""
         self._settings = settings
         self._switchboard = switchboard
         self._placement = placement
@@ -88,6 +91,7 @@ class Membership:
         self._tokenizer_digest = tokenizer_digest
         self._clock = clock
         self._on_change = on_change
+        self._direct = direct
         self._links: dict[str, WorkerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -171,6 +175,8 @@ class Membership:
         self._switchboard.add(link)
         others = list(self._facts.values())
         self._facts[link.ref] = facts
+        if self._direct is not None:
+            self._direct.joined(link.ref, hello.direct_address)
         self._on_change()
         self._try_out(self._canaries.joined(facts, hello.vocab_size, others, self._clock()))
 
@@ -208,6 +214,8 @@ class Membership:
                     self._dispatcher.on_reserved(link.ref, message.reserved)
             case "prefill_finished":
                 self._dispatcher.on_prefill_finished(link.ref, message.prefill_finished)
+            case "direct":
+                self._dispatcher.on_direct(link.ref, message.direct)
             case "failed":
                 self._dispatcher.on_failed(link.ref, message.failed)
             case "report":
@@ -273,6 +281,8 @@ class Membership:
         self._placement.remove(link.ref)
         self._feed.left(link.ref)
         self._facts.pop(link.ref, None)
+        if self._direct is not None:
+            self._direct.left(link.ref)
         self._canaries.left(link.ref)
         self._switchboard.remove(link)
         self._on_change()

@@ -19,6 +19,7 @@ from router.core.placement import Placement
 from router.core.queue import Entry
 from router.core.retries import Setbacks
 from router.core.shedding import Forecast
+from router.direct import DirectSource
 from router.prompt_keys import PromptKeys
 
 MAX_MESSAGE_BYTES = 64 << 10
@@ -56,8 +57,9 @@ class Request:
     """One request. `deadline_s` is monotonic; `body` digests all that determines the answer; `attempt` is the
     number of the present placement, or of the last one before the first; `prefill` is the present attempt's,
     `prefills` those of all. `failed_on`: where attempts ended without an answer; `landed_on`: the decode worker to
-    which an attempt had been pushing. `is_counted`: against its tenant's limits. `num_handles`: how often the handle
-    was made anew; `is_taken_over`: it was asked of a worker that writes it for another router."""
+    which an attempt had been pushing. `direct_source`: where a client may read the last attempt that was granted a
+    lease, past this router. `is_counted`: against its tenant's limits. `num_handles`: how often the handle was made
+    anew; `is_taken_over`: it was asked of a worker that writes it for another router."""
 
     key: RequestKey
     body: bytes
@@ -76,6 +78,7 @@ class Request:
     entry: Entry[RequestKey] | None = None
     placement: Placement | None = None
     lease: worker_pb2.Reserved | None = None
+    direct_source: DirectSource | None = None
     prefill: worker_pb2.PrefillFinished | None = None
     prefills: list[worker_pb2.PrefillFinished] = field(default_factory=list)
     setbacks: Setbacks = field(default_factory=Setbacks)
@@ -149,8 +152,19 @@ class Attachment:
     replay; only what comes later counts as the client's lag.
     """
 
-    def __init__(self, request: Request, next_index: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        next_index: int,
+        clock: Callable[[], float],
+        wants_direct: bool = False,
+    ) -> None:
+        """`wants_direct`: the client can stream from workers."""
         self.request = request
+        self.wants_direct = wants_direct
+        self._ticket_id = ""
+        self._ticket_attempt = 0
+        self._is_direct = False
         self._reader = Reader(request.answer, next_index)
         self._replay_bytes = self._reader.lag_bytes
         self.on_news: Callable[[], None] = _nobody_listens
@@ -164,13 +178,35 @@ class Attachment:
     @property
     def lag_bytes(self) -> int:
         """How far the client is behind what came since it attached."""
-        if self.is_caught_up:
+        if self.is_caught_up or self.is_direct:
             return 0
         return min(self._reader.lag_bytes, self._reader.total_bytes - self._replay_bytes)
 
     def is_stalled(self, now: float, limit_s: float) -> bool:
         """Whether the client has taken nothing for that long, although there was something to take."""
-        return self._reader.has_more and now - self._taken_s > limit_s
+        return self._reader.has_more and not self.is_direct and now - self._taken_s > limit_s
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the client reads the present attempt from its worker: it is sent no tokens here."""
+        return self._is_direct and self._ticket_attempt == self.request.attempt
+
+    def direct_changed(self, ticket_id: str, phase: worker_pb2.DirectPhase) -> None:
+        """A worker tells what became of a ticket; that of another attachment, or an older one, changes nothing."""
+        if not self._ticket_id or ticket_id != self._ticket_id:
+            return
+        if phase == worker_pb2.DIRECT_PHASE_BROKEN:
+            self.relay_again()
+        else:
+            self._is_direct = True
+
+    def relay_again(self) -> None:
+        """The client reads nowhere else, or that is not known: it is sent all that it was not sent here."""
+        if self._is_direct:
+            self._is_direct = False
+            # What came meanwhile was not held up by the client.
+            self._replay_bytes = self._reader.total_bytes
+            self.wake()
 
     def wake(self) -> None:
         """Tells the client's side that there is something to take."""
@@ -197,9 +233,12 @@ class Attachment:
             raise Rejection(self._dropped, request.key.request_id, request.attempt)
         self._taken_s = self._clock()
         messages = self._greeting() if self._handles_sent < request.num_handles else []
-        messages += self._reader.read(MAX_MESSAGE_BYTES)
-        if self._reader.has_more:
-            return messages
+        if not self.is_direct:
+            messages += self._reader.read(MAX_MESSAGE_BYTES)
+            if self._reader.has_more:
+                return messages
+            if self.wants_direct:
+                messages += self._new_ticket()
         if request.failure is not None:
             if messages:
                 return messages
@@ -209,6 +248,17 @@ class Attachment:
             messages.append(pb.GenerateResponse(done=request.done))
         self.is_caught_up = True
         return messages
+
+    def _new_ticket(self) -> list[pb.GenerateResponse]:
+        """Behind the tokens that are here, so that the client can go on from there elsewhere."""
+        source = self.request.direct_source
+        if source is None or self.request.is_over or source.attempt != self.request.attempt:
+            return []
+        if source.attempt == self._ticket_attempt:
+            return []
+        self._ticket_attempt, self._is_direct = source.attempt, False
+        self._ticket_id, message = source.ticket()
+        return [message]
 
     def _greeting(self) -> list[pb.GenerateResponse]:
         """What comes before tokens: the first message, and the newest handle."""

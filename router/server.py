@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import secrets
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -24,6 +25,7 @@ from router.core.placement import POLICIES, PlacementState
 from router.core.queue import TokenQueue
 from router.core.shedding import Shedder
 from router.core.tenants import TenantLimits
+from router.direct import DirectSources
 from router.dispatcher import Dispatcher
 from router.errors import guarded
 from router.front import InferenceServicer
@@ -148,11 +150,12 @@ class RouterServer:
         gate = Gate(queue, TenantLimits(config.tenants), Shedder(config.slo_ttft_s), placer, loop.time)
         handles = ResumeHandles(config.cluster_secret)
         attempts = Attempts(book, queue, placer, switchboard, loop.time)
+        direct = DirectSources(config.cluster_secret, time.time) if config.streaming == "direct" else None
         dispatcher = Dispatcher(
-            book, queue, gate, placer, attempts, switchboard, handles, loop.time, loop.call_later
+            book, queue, gate, placer, attempts, switchboard, handles, loop.time, loop.call_later, direct
         )
         readiness_changed = asyncio.Event()
-        membership = self._membership(switchboard, placement, dispatcher, feed, readiness_changed.set)
+        membership = self._membership(switchboard, placement, dispatcher, feed, readiness_changed.set, direct)
         limits = self._model.limits(self._tokenizer.vocab_size)
         intake = Intake(config, limits, self._tokenizer, book, dispatcher, handles, loop.time)
         health_servicer = health.aio.HealthServicer()
@@ -184,6 +187,7 @@ class RouterServer:
         dispatcher: Dispatcher,
         feed: IndexFeed,
         on_change: Callable[[], None],
+        direct: DirectSources | None,
     ) -> Membership:
         config = self._config
         settings = LinkSettings(
@@ -203,6 +207,7 @@ class RouterServer:
             self._tokenizer.digest,
             clock,
             on_change,
+            direct,
         )
 
 

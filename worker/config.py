@@ -68,6 +68,8 @@ class WorkerConfig:
     """Listened on, and announced to routers and other workers."""
     port: int = 0
     kv_port: int = 0
+    direct_port: int | None = None
+    """Where clients stream answers from this worker, on `host`; None: they do not."""
     fidelity: str = "exact"
     """The worst class of KV that a request may get, and codecs may make."""
     codec: str = "auto"

@@ -66,6 +66,7 @@ def worker_hello(
     identity: worker_pb2.Identity,
     kv_address: str,
     state: worker_pb2.WorkerState,
+    direct_address: str = "",
 ) -> worker_pb2.WorkerHello:
     """What a router hears first."""
     return worker_pb2.WorkerHello(
@@ -86,6 +87,7 @@ def worker_hello(
         vocab_size=engine.config.vocab_size,
         key_identity=identity_digest(identity),
         kv_bytes_per_token=bytes_per_token(engine.layout),
+        direct_address=direct_address,
     )
 
 

@@ -20,12 +20,14 @@ from engine.events import StepResult
 from engine.runner import EngineOptions
 from headrace.v1 import cluster_pb2, worker_pb2
 from kvtransfer.cluster_token import cluster_metadata
+from kvtransfer.direct_ticket import TicketDesk
 from kvtransfer.keys import root_key, tenant_secret
 from kvtransfer.leases import LeaseTable
 from text.tokenizer import Tokenizer
 from worker.affinity import pin_process
 from worker.block_journal import BlockJournal
 from worker.config import WorkerConfig
+from worker.direct import DirectServer
 from worker.engine_thread import EngineThread
 from worker.facts import identity_digest, worker_hello, worker_identity, worker_report
 from worker.fencing import FenceWatch, running_s
@@ -77,6 +79,8 @@ class WorkerNode:
         """host:port of the Worker service, once started."""
         self.kv_address = ""
         """host:port of KvTransfer and the bulk service, once started."""
+        self.direct_address = ""
+        """host:port where clients read answers, once started; empty where they do not."""
         self.engine: Engine
         """The engine, once started; for tests and tools in the same process."""
         self.kv: KvParts
@@ -94,6 +98,7 @@ class WorkerNode:
         self._loop = ServiceLoop()
         self._engine_thread = EngineThread(self._open_engine, self, config.cpus)
         self._kv_server: KvServer | None = None
+        self._direct: DirectServer | None = None
         self._write_back: WriteBack | None = None
         self._membership: Membership | None = None
         self._telling: asyncio.Task[None] | None = None  # health checks; the loop itself keeps no task alive
@@ -154,7 +159,13 @@ class WorkerNode:
     def hello(self) -> worker_pb2.WorkerHello:
         """What routers are told of this worker."""
         return worker_hello(
-            self.config, self.engine, self.epoch, self._identity, self.kv_address, self._lifecycle.state
+            self.config,
+            self.engine,
+            self.epoch,
+            self._identity,
+            self.kv_address,
+            self._lifecycle.state,
+            self.direct_address,
         )
 
     def report(self) -> worker_pb2.WorkerReport:
@@ -214,6 +225,7 @@ class WorkerNode:
             table = LeaseTable(self.epoch, self._clock, secrets.token_bytes)
             self._keepers.append(LeaseKeeper(table, self.engine, self.config.lease_ttl_s))
         self._open_kv()
+        await self._open_direct()
         for factory, keeper in zip(self._factories, self._keepers, strict=True):
             self._services.append(factory(self._context(keeper)))
         self._idle_check = IdleCheck(self.engine, self._keepers, self._services, self._is_moving)
@@ -249,6 +261,17 @@ class WorkerNode:
                 keeper.on_cached = self._write_back.note
             self._write_back.start()
 
+    async def _open_direct(self) -> None:
+        """The port for clients, where this worker has one."""
+        config = self.config
+        if config.direct_port is None or not config.role.decodes:
+            return
+        desk = TicketDesk(config.cluster_secret, time.time)
+        self._direct = DirectServer(config.host, config.direct_port, desk, lambda: self.epoch)
+        self.direct_address = self._direct.address
+        self._started.push_async_callback(self._direct.stop, STOP_GRACE_S)
+        await self._direct.start()
+
     def _is_moving(self) -> bool:
         writing = self._write_back is not None and self._write_back.is_writing
         serving = self._kv_server is not None and self._kv_server.num_fetches > 0
@@ -283,6 +306,7 @@ class WorkerNode:
             changed=self._report_soon,
             clock=self._clock,
             root_key=self._root_key,
+            direct=self._direct,
         )
 
     def _root_key(self, tenant: str) -> bytes:

@@ -17,6 +17,7 @@ from engine.events import StepResult
 from headrace.v1 import worker_pb2
 from text.tokenizer import Tokenizer
 from worker.config import WorkerConfig
+from worker.direct import DirectServer
 from worker.kv import KvParts
 from worker.leasing import LeaseKeeper
 from worker.link import RouterLink
@@ -45,6 +46,8 @@ class WorkerContext:
     """Monotonic seconds; the service loop's clock."""
     root_key: Callable[[str], bytes]
     """The key that a tenant's block keys start from."""
+    direct: DirectServer | None = None
+    """Where clients read answers from this worker; None where they do not."""
 
     @property
     def epoch(self) -> int:

@@ -5,6 +5,9 @@ from its first token, and what was given out before is dropped here. Asking for 
 missing would be shorter, but not right: text lags its tokens (a split character, a possible stop string),
 so that no token index says how much text was seen. Characters are therefore counted, choice by choice;
 and as the tokens come again too, an answer that changed in between is noticed instead of spliced.
+
+Tokens may also come from the worker that writes the answer, beside the router's stream, which stands still meanwhile
+and goes on where it stood if the worker's breaks. Who brings a token first is believed, and checked by the other.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +16,14 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from headrace import _convert
-from headrace._errors import CLIENT_STAGE, AnswerIncomplete, HeadraceError, InternalError, RequestFailed
+from headrace._errors import (
+    CLIENT_STAGE,
+    AnswerIncomplete,
+    HeadraceError,
+    InternalError,
+    RequestFailed,
+    Unavailable,
+)
 from headrace._retry import Attempts
 from headrace._types import Choice, Delta, FinishReason, Timing, TokenLogprobs, Usage
 from headrace.v1 import inference_pb2 as wire
@@ -31,14 +41,25 @@ class _ChoiceFold:
     num_chars: int = 0
     replayed_chars: int = 0
     finish_reason: FinishReason | None = None
+    num_tokens: int = 0
     stop: str = ""
     stop_token_id: int | None = None
 
-    def new_text(self, text: str) -> str:
-        """Takes text of this connection; what of it was not there yet."""
-        known_chars = min(len(text), self.num_chars - self.replayed_chars)
-        self.replayed_chars += len(text)
-        new_text = text[known_chars:]
+    @property
+    def is_whole(self) -> bool:
+        """Whether the choice has ended and all of its tokens are here."""
+        return self.finish_reason is not None and len(self.token_ids) >= self.num_tokens
+
+    def new_text(self, delta: wire.Delta) -> str:
+        """Takes text; what of it was not there yet. A worker says where in the answer it begins, a router's follows
+        what came before on this connection."""
+        text = delta.text
+        if delta.HasField("text_offset"):
+            known_chars = self.num_chars - delta.text_offset
+        else:
+            known_chars = self.num_chars - self.replayed_chars
+            self.replayed_chars += len(text)
+        new_text = text[max(0, known_chars) :]
         if new_text:
             self.texts.append(new_text)
             self.num_chars += len(new_text)
@@ -62,8 +83,10 @@ class AnswerState:
         ended: there is nothing more to read.
     """
 
-    def __init__(self, request_id: str, seed: int) -> None:
+    def __init__(self, request_id: str, seed: int, num_choices: int = 1) -> None:
         self.request_id = request_id
+        self._num_choices = num_choices
+        self._is_split = False
         self.seed = seed
         self.resume_handle = b""
         self.prompt_tokens: int | None = None
@@ -73,12 +96,31 @@ class AnswerState:
         self.ended = False
         self._folds: dict[int, _ChoiceFold] = {0: _ChoiceFold()}
 
+    @property
+    def next_index(self) -> list[int]:
+        """First token that is not here, per choice."""
+        folds = (self._folds.get(index) for index in range(self._num_choices))
+        return [len(fold.token_ids) if fold is not None else 0 for fold in folds]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing. With one stream that is so at its `done`; with two, the other may be behind."""
+        if not self.done or not self._is_split:
+            return self.done
+        folds = [self._folds.get(index) for index in range(self._num_choices)]
+        return all(fold is not None and fold.is_whole for fold in folds)
+
+    def split(self) -> None:
+        """From now on, tokens may come from a worker beside the router, or instead of it."""
+        self._is_split = True
+
     def fold(self, event: wire.GenerateResponse | None) -> Delta | None:
         """Takes one event, or None for the end of the stream; what it adds to a choice, if anything.
 
         Raises:
             RequestFailed: tokens differ from those read before the stream broke.
             InternalError: tokens are missing, or the stream ended before the answer did.
+        Unavailable: the streams have ended, and a worker did not send all of its part: ask again.
         """
         if event is None:
             self._end()
@@ -102,6 +144,7 @@ class AnswerState:
 
     def reconnect(self) -> None:
         """The stream broke and starts again from the first token."""
+        self.done = self._is_split = False
         for fold in self._folds.values():
             fold.replayed_chars = 0
 
@@ -130,6 +173,14 @@ class AnswerState:
     def _end(self) -> None:
         if not self.done:
             raise self._defect("STREAM_INCOMPLETE", "the stream ended before the answer did")
+        if not self.is_whole:
+            raise Unavailable(
+                "the direct stream broke behind the router's last word",
+                request_id=self.request_id,
+                stage=CLIENT_STAGE,
+                cause="DIRECT_BROKEN",
+                retryable=True,
+            )
         self.ended = True
 
     def _fold_delta(self, delta: wire.Delta) -> Delta | None:
@@ -142,7 +193,7 @@ class AnswerState:
         if num_known is None:
             raise self._answer_changed(delta)
         fold.token_ids.extend(delta.token_ids[num_known:])
-        text = fold.new_text(delta.text)
+        text = fold.new_text(delta)
         token_ids = tuple(delta.token_ids[num_known:])
         logprobs = _convert.logprobs(delta.logprobs[num_known:])
         fold.logprobs.extend(logprobs)
@@ -158,6 +209,7 @@ class AnswerState:
 
     def _fold_finish(self, finished: wire.ChoiceFinished) -> None:
         fold = self._folds.setdefault(finished.choice, _ChoiceFold())
+        fold.num_tokens = finished.num_tokens
         fold.finish_reason = _convert.finish_reason(finished.reason)
         fold.stop = finished.stop
         fold.stop_token_id = finished.stop_token_id if finished.HasField("stop_token_id") else None
@@ -254,7 +306,7 @@ class AnswerView(ABC):
         Raises:
             HeadraceError: `error`, where sending again cannot help or is not allowed.
         """
-        if self._state.done:
+        if self._state.is_whole:
             self._state.ended = True
         if self._state.ended:
             return None

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 from weakref import WeakSet
 
 import grpc
@@ -18,6 +18,7 @@ from headrace._connection import (
     answer_timeout_s,
     client_closed,
 )
+from headrace._direct import AsyncDirectChannels, TwoStreams
 from headrace._errors import HeadraceError
 from headrace._requests import (
     AnswerOptions,
@@ -40,13 +41,6 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
-class _Events(Protocol):
-    """A running call as gRPC gives it."""
-
-    async def read(self) -> object: ...
-    def cancel(self) -> bool: ...
-
-
 def _task_is_cancelled() -> bool:
     """Tells a cancelled task from a call that was cancelled on this side: gRPC raises the same for both."""
     task = asyncio.current_task()
@@ -66,7 +60,7 @@ class AsyncAnswer(AnswerView):
         self,
         state: AnswerState,
         attempts: Attempts,
-        send: Callable[[AnswerState, float | None], _Events],
+        send: Callable[[AnswerState, float | None], TwoStreams],
         connection: Connection,
         cancel: Callable[[str], Awaitable[bool]],
     ) -> None:
@@ -145,7 +139,7 @@ class AsyncAnswer(AnswerView):
         self._raise_failure()
         while not self._state.ended:
             try:
-                delta = self._state.fold(await self._receive())
+                delta = self._state.fold(self._noted(await self._receive()))
             except HeadraceError as error:
                 await self._recover(error)
             else:
@@ -155,6 +149,8 @@ class AsyncAnswer(AnswerView):
         return None
 
     async def _receive(self) -> wire.GenerateResponse | None:
+        if self._state.is_whole:
+            self._events.forget_worker()
         try:
             event = await self._events.read()
         except grpc.RpcError as failed:
@@ -165,6 +161,14 @@ class AsyncAnswer(AnswerView):
                 raise
             raise client_closed() from None
         return event if isinstance(event, wire.GenerateResponse) else None
+
+    def _noted(self, event: wire.GenerateResponse | None) -> wire.GenerateResponse | None:
+        """Goes on at the worker that a ticket names; needs neither where nothing is missing."""
+        if event is not None and event.HasField("ticket"):
+            self._state.split()
+            timeout_s = answer_timeout_s(self._attempts)
+            self._events.redeem(event.ticket, self._state.next_index, timeout_s)
+        return event
 
     async def _recover(self, error: HeadraceError) -> None:
         # The call is over, unless its events made no sense: then it is not read any further.
@@ -195,6 +199,8 @@ class AsyncClient:
             None: what the cluster's profile says.
         retry: how calls are sent again; only where that is safe.
         credentials: TLS, for example `grpc.ssl_channel_credentials()`; None: no encryption.
+        direct: whether tokens may come straight from the workers, where the cluster offers that (`router.streaming`).
+            Not with `credentials`: workers have none.
 
     Raises:
         InvalidRequest: an argument that no call could carry.
@@ -209,6 +215,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         retry: RetryPolicy = RetryPolicy(),
         credentials: grpc.ChannelCredentials | None = None,
+        direct: bool = True,
     ) -> None:
         # Without a running loop gRPC would bind the channel to another one than the calls will run in.
         asyncio.get_running_loop()
@@ -222,6 +229,8 @@ class AsyncClient:
         self._inferences = [InferenceStub(channel) for channel in self._channels]
         self._clusters = [ClusterStub(channel) for channel in self._channels]
         self._answers: WeakSet[AsyncAnswer] = WeakSet()
+        self._direct = direct and credentials is None
+        self._direct_channels = AsyncDirectChannels()
         self._closed = False
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[AnswerOptions]) -> AsyncAnswer:
@@ -306,6 +315,7 @@ class AsyncClient:
         # gRPC's asyncio channel leaves streams that are being read to wait for ever when it closes.
         for answer in list(self._answers):
             answer._disconnect()
+        await self._direct_channels.aclose()
         for channel in self._channels:
             await channel.close()
 
@@ -323,14 +333,16 @@ class AsyncClient:
         request: _Question,
         timeout_s: float | None,
     ) -> AsyncAnswer:
-        def send(state: AnswerState, timeout_s: float | None) -> _Events:
+        def send(state: AnswerState, timeout_s: float | None) -> TwoStreams:
             self._require_open()
             request.resume_handle = state.resume_handle
             method = methods[self._connection.routers.current]
-            return method(request, timeout=timeout_s, metadata=self._connection.metadata)
+            call = method(request, timeout=timeout_s, metadata=self._connection.metadata)
+            return TwoStreams(call, self._direct_channels)
 
+        request.direct = self._direct
         attempts = self._connection.begin(request, timeout_s)
-        state = AnswerState(request.request_id, request.sampling.seed)
+        state = AnswerState(request.request_id, request.sampling.seed, request.sampling.n or 1)
         answer = AsyncAnswer(state, attempts, send, self._connection, self.cancel)
         self._answers.add(answer)
         return answer

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 
@@ -18,6 +18,7 @@ from headrace._connection import (
     answer_timeout_s,
     client_closed,
 )
+from headrace._direct_blocking import BlockingStreams, blocking_channels
 from headrace._errors import HeadraceError
 from headrace._requests import (
     AnswerOptions,
@@ -40,13 +41,6 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
-class _Events(Protocol):
-    """A running call as gRPC gives it."""
-
-    def __next__(self) -> wire.GenerateResponse: ...
-    def cancel(self) -> bool: ...
-
-
 class Answer(AnswerView):
     """An answer as it arrives: iterate over it for the text of the first choice, piece by piece.
 
@@ -59,7 +53,7 @@ class Answer(AnswerView):
         self,
         state: AnswerState,
         attempts: Attempts,
-        send: Callable[[AnswerState, float | None], _Events],
+        send: Callable[[AnswerState, float | None], BlockingStreams],
         connection: Connection,
         cancel: Callable[[str], bool],
     ) -> None:
@@ -128,7 +122,7 @@ class Answer(AnswerView):
         self._raise_failure()
         while not self._state.ended:
             try:
-                delta = self._state.fold(self._receive())
+                delta = self._state.fold(self._noted(self._receive()))
             except HeadraceError as error:
                 self._recover(error)
             else:
@@ -138,10 +132,20 @@ class Answer(AnswerView):
         return None
 
     def _receive(self) -> wire.GenerateResponse | None:
+        if self._state.is_whole:
+            self._events.forget_worker()
         try:
             return next(self._events, None)
         except grpc.RpcError as failed:
             raise self._connection.error(failed, self._router, self.request_id) from None
+
+    def _noted(self, event: wire.GenerateResponse | None) -> wire.GenerateResponse | None:
+        """Goes on at the worker that a ticket names."""
+        if event is not None and event.HasField("ticket"):
+            self._state.split()
+            timeout_s = answer_timeout_s(self._attempts)
+            self._events.redeem(event.ticket, self._state.next_index, timeout_s)
+        return event
 
     def _recover(self, error: HeadraceError) -> None:
         # The call is over, unless its events made no sense: then it is not read any further.
@@ -168,6 +172,8 @@ class Client:
             None: what the cluster's profile says.
         retry: how calls are sent again; only where that is safe.
         credentials: TLS, for example `grpc.ssl_channel_credentials()`; None: no encryption.
+        direct: whether tokens may come straight from the workers, where the cluster offers that (`router.streaming`).
+            Not with `credentials`: workers have none.
 
     Raises:
         InvalidRequest: an argument that no call could carry.
@@ -181,6 +187,7 @@ class Client:
         timeout_s: float | None = None,
         retry: RetryPolicy = RetryPolicy(),
         credentials: grpc.ChannelCredentials | None = None,
+        direct: bool = True,
     ) -> None:
         self._connection = Connection.of(address, api_key, timeout_s, retry)
         self._channels = [
@@ -191,6 +198,8 @@ class Client:
         ]
         self._inferences = [InferenceStub(channel) for channel in self._channels]
         self._clusters = [ClusterStub(channel) for channel in self._channels]
+        self._direct = direct and credentials is None
+        self._direct_channels = blocking_channels()
         self._closed = False
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[AnswerOptions]) -> Answer:
@@ -272,6 +281,7 @@ class Client:
     def close(self) -> None:
         """Closes the connection; answers that are still running are cancelled. May be repeated."""
         self._closed = True
+        self._direct_channels.close()
         for channel in self._channels:
             channel.close()
 
@@ -289,14 +299,16 @@ class Client:
         request: _Question,
         timeout_s: float | None,
     ) -> Answer:
-        def send(state: AnswerState, timeout_s: float | None) -> _Events:
+        def send(state: AnswerState, timeout_s: float | None) -> BlockingStreams:
             self._require_open()
             request.resume_handle = state.resume_handle
             method = methods[self._connection.routers.current]
-            return method(request, timeout=timeout_s, metadata=self._connection.metadata)
+            call = method(request, timeout=timeout_s, metadata=self._connection.metadata)
+            return BlockingStreams(call, self._direct_channels)
 
+        request.direct = self._direct
         attempts = self._connection.begin(request, timeout_s)
-        state = AnswerState(request.request_id, request.sampling.seed)
+        state = AnswerState(request.request_id, request.sampling.seed, request.sampling.n or 1)
         return Answer(state, attempts, send, self._connection, self.cancel)
 
     def _call(

@@ -33,6 +33,14 @@ def test_answers_come_through_the_router_and_without_it(cluster: BenchCluster) -
     assert cluster.prefilled_elsewhere() > 0.5
 
 
+def test_answers_come_past_the_router(cluster: BenchCluster) -> None:
+    load = Load(target=ROUTED, num_tokens=40, concurrency=2, direct=True)
+    assert cluster.workers.ask("streamed")["num_streams"] == 0
+    window = cluster.under(load, 0.005, 0.0, 1.0)
+    assert window.num_requests > 0
+    assert cluster.workers.ask("streamed")["num_streams"] > 0
+
+
 def test_paced_calls_come_whole(cluster: BenchCluster) -> None:
     window = cluster.under(Load(target=ROUTED, num_tokens=4, rate=20), 0.01, 0.0, 0.5)
     assert window.num_requests > 0

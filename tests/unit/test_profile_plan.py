@@ -234,6 +234,17 @@ def test_the_router_is_told_its_policy_and_service_level() -> None:
     assert (config.api_keys, config.tenants) == ({}, {})
 
 
+@pytest.mark.parametrize(("streaming", "port"), [("relay", None), ("direct", 0)])
+def test_where_tokens_come_from_workers_the_workers_listen_for_clients(
+    streaming: str, port: int | None
+) -> None:
+    sections = f"prefill: {{}}\ndecode: {{}}\nrouter: {{streaming: {streaming}}}\n"
+    loaded = parse_profile(HEAD + sections, "p.yaml")
+    wiring = Wiring(loaded.profile, plan(loaded, [machine(2)]), "tiny", "tiny", b"s" * 32)
+    assert wiring.router_config(wiring.plan.routers[0]).streaming == streaming
+    assert {wiring.worker_config(worker).direct_port for worker in wiring.plan.workers} == {port}
+
+
 TIERS = "kvtransfer: {tiers: {host: 1GiB, disk: {path: kv, size: 8GiB}, tenant_share: 0.5}}\n"
 
 

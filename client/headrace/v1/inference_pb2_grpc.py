@@ -323,3 +323,86 @@ class Inference(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class DirectStub(object):
+    """Served by decode workers where the profile streams directly (`router.streaming: direct`).
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Stream = channel.unary_stream(
+                '/headrace.v1.Direct/Stream',
+                request_serializer=headrace_dot_v1_dot_inference__pb2.DirectRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+
+
+class DirectServicer(object):
+    """Served by decode workers where the profile streams directly (`router.streaming: direct`).
+    """
+
+    def Stream(self, request, context):
+        """Streams the tokens of one attempt of an answer from the worker that writes it: only `delta` and
+        `choice_finished` come. The answer stays the router's: its Generate or Chat call has to stay open, says what
+        became of the request, and brings whatever this stream does not.
+        Side effects: while this stream is open, the router sends no tokens on the call that brought the ticket.
+        Idempotency: none, a ticket is taken once. Refused: UNAUTHENTICATED for a ticket that was not made by this
+        cluster, is late or was taken before, NOT_FOUND for an attempt that is not here, FAILED_PRECONDITION where tokens
+        from `next_index` on are not kept any more.
+        Retry: not with the same ticket; nothing is lost, the router goes on sending.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_DirectServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Stream': grpc.unary_stream_rpc_method_handler(
+                    servicer.Stream,
+                    request_deserializer=headrace_dot_v1_dot_inference__pb2.DirectRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'headrace.v1.Direct', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('headrace.v1.Direct', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Direct(object):
+    """Served by decode workers where the profile streams directly (`router.streaming: direct`).
+    """
+
+    @staticmethod
+    def Stream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/headrace.v1.Direct/Stream',
+            headrace_dot_v1_dot_inference__pb2.DirectRequest.SerializeToString,
+            headrace_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -145,3 +145,58 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the models served. No side effects; retry is safe."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class DirectStub:
+    """Served by decode workers where the profile streams directly (`router.streaming: direct`)."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> DirectAsyncStub: ...
+    Stream: _grpc.UnaryStreamMultiCallable[_inference_pb2.DirectRequest, _inference_pb2.GenerateResponse]
+    """Streams the tokens of one attempt of an answer from the worker that writes it: only `delta` and
+    `choice_finished` come. The answer stays the router's: its Generate or Chat call has to stay open, says what
+    became of the request, and brings whatever this stream does not.
+    Side effects: while this stream is open, the router sends no tokens on the call that brought the ticket.
+    Idempotency: none, a ticket is taken once. Refused: UNAUTHENTICATED for a ticket that was not made by this
+    cluster, is late or was taken before, NOT_FOUND for an attempt that is not here, FAILED_PRECONDITION where tokens
+    from `next_index` on are not kept any more.
+    Retry: not with the same ticket; nothing is lost, the router goes on sending.
+    """
+
+@_typing.type_check_only
+class DirectAsyncStub(DirectStub):
+    """Served by decode workers where the profile streams directly (`router.streaming: direct`)."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Stream: _aio.UnaryStreamMultiCallable[_inference_pb2.DirectRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Streams the tokens of one attempt of an answer from the worker that writes it: only `delta` and
+    `choice_finished` come. The answer stays the router's: its Generate or Chat call has to stay open, says what
+    became of the request, and brings whatever this stream does not.
+    Side effects: while this stream is open, the router sends no tokens on the call that brought the ticket.
+    Idempotency: none, a ticket is taken once. Refused: UNAUTHENTICATED for a ticket that was not made by this
+    cluster, is late or was taken before, NOT_FOUND for an attempt that is not here, FAILED_PRECONDITION where tokens
+    from `next_index` on are not kept any more.
+    Retry: not with the same ticket; nothing is lost, the router goes on sending.
+    """
+
+class DirectServicer(metaclass=_abc_1.ABCMeta):
+    """Served by decode workers where the profile streams directly (`router.streaming: direct`)."""
+
+    @_abc_1.abstractmethod
+    def Stream(
+        self,
+        request: _inference_pb2.DirectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
+        """Streams the tokens of one attempt of an answer from the worker that writes it: only `delta` and
+        `choice_finished` come. The answer stays the router's: its Generate or Chat call has to stay open, says what
+        became of the request, and brings whatever this stream does not.
+        Side effects: while this stream is open, the router sends no tokens on the call that brought the ticket.
+        Idempotency: none, a ticket is taken once. Refused: UNAUTHENTICATED for a ticket that was not made by this
+        cluster, is late or was taken before, NOT_FOUND for an attempt that is not here, FAILED_PRECONDITION where tokens
+        from `next_index` on are not kept any more.
+        Retry: not with the same ticket; nothing is lost, the router goes on sending.
+        """
+
+def add_DirectServicer_to_server(servicer: DirectServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

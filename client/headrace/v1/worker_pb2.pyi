@@ -22,6 +22,13 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_STATE_NO_NEW: _ClassVar[WorkerState]
     WORKER_STATE_KV_ONLY: _ClassVar[WorkerState]
     WORKER_STATE_GONE: _ClassVar[WorkerState]
+
+class DirectPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DIRECT_PHASE_UNSPECIFIED: _ClassVar[DirectPhase]
+    DIRECT_PHASE_OPEN: _ClassVar[DirectPhase]
+    DIRECT_PHASE_DELIVERED: _ClassVar[DirectPhase]
+    DIRECT_PHASE_BROKEN: _ClassVar[DirectPhase]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
@@ -31,6 +38,10 @@ WORKER_STATE_SERVING: WorkerState
 WORKER_STATE_NO_NEW: WorkerState
 WORKER_STATE_KV_ONLY: WorkerState
 WORKER_STATE_GONE: WorkerState
+DIRECT_PHASE_UNSPECIFIED: DirectPhase
+DIRECT_PHASE_OPEN: DirectPhase
+DIRECT_PHASE_DELIVERED: DirectPhase
+DIRECT_PHASE_BROKEN: DirectPhase
 
 class RequestKey(_message.Message):
     __slots__ = ("tenant", "request_id", "attempt")
@@ -65,7 +76,7 @@ class RouterMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., acknowledge: _Optional[_Union[AcknowledgeTokens, _Mapping]] = ..., resume: _Optional[_Union[ResumeStream, _Mapping]] = ..., snapshot: _Optional[_Union[BlockSnapshotRequest, _Mapping]] = ..., set_state: _Optional[_Union[SetState, _Mapping]] = ..., take_over: _Optional[_Union[TakeOver, _Mapping]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "reserved", "prefill_finished", "step", "failed", "report", "blocks")
+    __slots__ = ("hello", "reserved", "prefill_finished", "step", "failed", "report", "blocks", "direct")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FINISHED_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +84,7 @@ class WorkerMessage(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     reserved: Reserved
     prefill_finished: PrefillFinished
@@ -80,7 +92,8 @@ class WorkerMessage(_message.Message):
     failed: AttemptFailed
     report: WorkerReport
     blocks: BlockEvents
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., prefill_finished: _Optional[_Union[PrefillFinished, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...
+    direct: DirectState
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., prefill_finished: _Optional[_Union[PrefillFinished, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., report: _Optional[_Union[WorkerReport, _Mapping]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., direct: _Optional[_Union[DirectState, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "router_epoch")
@@ -105,7 +118,7 @@ class Identity(_message.Message):
     def __init__(self, weights_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., arithmetic: _Optional[str] = ..., layout: _Optional[str] = ..., handoff_major: _Optional[int] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "state", "identity", "kv_address", "block_tokens", "num_blocks", "max_sequences", "max_context", "invariant", "pid", "cpus", "protocol_version", "vocab_size", "key_identity", "kv_bytes_per_token")
+    __slots__ = ("worker_id", "epoch", "role", "state", "identity", "kv_address", "block_tokens", "num_blocks", "max_sequences", "max_context", "invariant", "pid", "cpus", "protocol_version", "vocab_size", "key_identity", "kv_bytes_per_token", "direct_address")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +136,7 @@ class WorkerHello(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     KEY_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: Role
@@ -140,7 +154,8 @@ class WorkerHello(_message.Message):
     vocab_size: int
     key_identity: str
     kv_bytes_per_token: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., kv_address: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_context: _Optional[int] = ..., invariant: bool = ..., pid: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ..., vocab_size: _Optional[int] = ..., key_identity: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
+    direct_address: str
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., kv_address: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_context: _Optional[int] = ..., invariant: bool = ..., pid: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ..., vocab_size: _Optional[int] = ..., key_identity: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., direct_address: _Optional[str] = ...) -> None: ...
 
 class GenerationTask(_message.Message):
     __slots__ = ("prompt_token_ids", "sampling", "eos_token_ids", "fidelity", "so_far", "resumable")
@@ -309,6 +324,16 @@ class StepOutput(_message.Message):
     outputs: _containers.RepeatedCompositeFieldContainer[ChoiceOutput]
     step_s: float
     def __init__(self, outputs: _Optional[_Iterable[_Union[ChoiceOutput, _Mapping]]] = ..., step_s: _Optional[float] = ...) -> None: ...
+
+class DirectState(_message.Message):
+    __slots__ = ("key", "ticket_id", "phase")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    key: RequestKey
+    ticket_id: bytes
+    phase: DirectPhase
+    def __init__(self, key: _Optional[_Union[RequestKey, _Mapping]] = ..., ticket_id: _Optional[bytes] = ..., phase: _Optional[_Union[DirectPhase, str]] = ...) -> None: ...
 
 class AttemptFailed(_message.Message):
     __slots__ = ("key", "error")
