@@ -27,7 +27,8 @@ from headrace.v1.cluster_pb2 import WorkerStatus
 from tests.e2e.conftest import Home, wait_until
 from tests.tiny_model import make_tiny_model
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+# Slow all of it, for the sake of `make test`: `make gcs-test` runs it.
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(300)]
 
 PROFILE = """
 version: 1
@@ -88,7 +89,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
         home.run("down")
 
 
-@pytest.fixture(params=["ray of our own", pytest.param("joined ray with redis", marks=pytest.mark.slow)])
+@pytest.fixture(params=["ray of our own", "joined ray with redis"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     if request.param == "ray of our own":
         yield own(request.getfixturevalue("home"))
@@ -208,7 +209,6 @@ def test_answers_go_on_without_the_gcs_and_a_new_one_restarts_workers(cluster: C
         assert client.status().failed_requests == 0
 
 
-@pytest.mark.slow
 def test_a_head_that_was_lost_and_starts_again_on_its_redis_gets_its_actors_again(on_redis: OnRedis) -> None:
     cluster = on_redis.cluster
     undisturbed = asyncio.run(answers(cluster))

@@ -120,7 +120,7 @@ def test_a_call_and_its_answer():
     assert not client.connection.streams and not server.connection.streams
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_whatever_is_sent_arrives_whole_and_in_order(seed):
     rng = random.Random(seed)
@@ -325,7 +325,7 @@ def test_more_than_the_windows_allow_is_not_taken():
     assert CONNECTION_WINDOW_BYTES > STREAM_WINDOW_BYTES
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(data=st.binary(max_size=400), pieces=st.integers(1, 50))
 def test_bytes_of_any_kind_do_nothing_but_a_fault(data, pieces):
     server = Side(False)
@@ -381,7 +381,7 @@ class Foreign:
             self.trailers[event.stream_id] = dict(event.headers)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_another_implementation_calls_and_understands_every_answer(seed):
     rng, server = random.Random(seed), Side(False)
