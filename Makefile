@@ -47,7 +47,7 @@ test-all: model  ## also the long ones
 	@$(BIN)/python -m pytest
 
 chaos: model  ## cancellations, deadlines, killed workers and a rolling restart, the long version
-	@$(BIN)/python -m pytest tests/chaos tests/e2e/test_killed_worker.py tests/e2e/test_rolling_restart.py
+	@$(BIN)/python -m pytest tests/chaos tests/e2e/test_killed_worker.py tests/e2e/test_direct_streaming.py tests/e2e/test_rolling_restart.py
 
 chaos-long: model  ## 200 random faults on a 2P2D cluster, token for token (about three quarters of an hour; CHAOS="--seed 7 --resume FILE")
 	@$(BIN)/headrace bench chaos $(CHAOS)

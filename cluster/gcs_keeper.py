@@ -46,18 +46,14 @@ class Restarts:
 
 @dataclass(frozen=True, slots=True)
 class GcsCommand:
-    """How a GCS was started, and so how it is started again.
-
-    Attributes:
-        node_id: of the head that it belongs to, as Ray writes it.
-    """
+    """How a GCS was started, and so how it is started again."""
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
 
     @property
     def node_id(self) -> str:
-        """Of the head that it belongs to. Raises ClusterError where it does not say so."""
+        """Of the head that it belongs to, as Ray writes it. Raises ClusterError where it does not say so."""
         return self._value("--node-id")
 
     @property

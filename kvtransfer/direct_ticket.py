@@ -8,20 +8,19 @@ relays. Opaque to clients; the layout may change with the leading version byte. 
 
 from __future__ import annotations
 
-import hmac
 import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+
+from kvtransfer import sealing
 
 TICKET_TTL_S = 30.0
 TICKET_ID_BYTES = 16
-MAX_TICKET_BYTES = 4096
 MAX_TAKEN = 1 << 16
 """Tickets remembered as taken; a worker that has taken so many within `TICKET_TTL_S` takes no more for a while."""
 _VERSION = b"\x01"
-_SEAL_BYTES = 32
+_PURPOSE = b"direct-ticket"
 
 
 class BadTicket(ValueError):
@@ -47,8 +46,7 @@ class DirectTicket:
 
 def seal(ticket: DirectTicket, cluster_secret: bytes) -> bytes:
     """The ticket as a client gets it."""
-    content = _VERSION + json.dumps(asdict(ticket)).encode()
-    return _seal_of(content, cluster_secret) + content
+    return sealing.seal(_VERSION + json.dumps(asdict(ticket)).encode(), _PURPOSE, cluster_secret)
 
 
 def unseal(sealed: bytes, cluster_secret: bytes) -> DirectTicket:
@@ -57,11 +55,10 @@ def unseal(sealed: bytes, cluster_secret: bytes) -> DirectTicket:
     Raises:
         BadTicket: it was not made with this secret, or by another version.
     """
-    seal_bytes, content = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
-    if len(sealed) > MAX_TICKET_BYTES or not hmac.compare_digest(
-        seal_bytes, _seal_of(content, cluster_secret)
-    ):
-        raise BadTicket("BAD_TICKET", "the ticket was not made by this cluster")
+    try:
+        content = sealing.unseal(sealed, _PURPOSE, cluster_secret)
+    except sealing.BrokenSeal:
+        raise BadTicket("BAD_TICKET", "the ticket was not made by this cluster") from None
     if content[:1] != _VERSION:
         raise BadTicket("BAD_TICKET", "the ticket is of another version")
     return DirectTicket(**json.loads(content[1:]))
@@ -101,12 +98,3 @@ class TicketDesk:
     def _forget(self, now: float) -> None:
         while self._taken and next(iter(self._taken.values())) <= now:
             self._taken.popitem(last=False)
-
-
-def _seal_of(content: bytes, cluster_secret: bytes) -> bytes:
-    return hmac.digest(_key(cluster_secret), content, "sha256")
-
-
-@lru_cache(maxsize=4)
-def _key(cluster_secret: bytes) -> bytes:
-    return hmac.digest(cluster_secret, b"direct-ticket", "sha256")

@@ -22,10 +22,10 @@ from google.protobuf.message import DecodeError
 from headrace.v1 import inference_pb2 as pb
 from router.core.failures import Code, Failure, Rejection, Stage, invalid
 from rpc.call import ServerCall
+from rpc.details import failed
 from rpc.heads import Status
 from rpc.server import Handler
 
-ERROR_DETAIL_KEY = "headrace-error-bin"
 OWN_SERVICES = "/headrace.v1."
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,7 @@ def status_of(rejection: Rejection) -> Status:
     """How a call ends that is rejected."""
     failure = rejection.failure
     detail = error_detail(failure, rejection.request_id, rejection.attempt)
-    return Status(
-        grpc.StatusCode[failure.code], failure.message, ((ERROR_DETAIL_KEY, detail.SerializeToString()),)
-    )
+    return failed(grpc.StatusCode[failure.code], detail)
 
 
 def unknown_request(request_id: str) -> Rejection:

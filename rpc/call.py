@@ -4,7 +4,7 @@ push."""
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import math
 from collections.abc import Callable
 from typing import Any, Final, NoReturn, Protocol
 
@@ -14,6 +14,7 @@ from rpc import heads
 from rpc.connection import Connection
 from rpc.frames import ErrorCode
 from rpc.heads import Metadata, RequestHead, Status
+from rpc.inbox import Inbox
 from rpc.messages import BadMessage
 from rpc.stream import Stream
 
@@ -27,8 +28,6 @@ _LATE: Final = Status(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passe
 
 class Socket(Protocol):
     """The connection that a call came on."""
-
-    address: str
 
     @property
     def is_choked(self) -> bool: ...
@@ -64,14 +63,12 @@ class ServerCall:
         self._serialize = handler.response_serializer or _as_it_is
         self._loop = loop
         self._has_headers = False
-        self._trailing: Metadata = ()
         self._status: Status | None = None
-        self._requests: deque[bytes] = deque()
-        self._queued_bytes = 0
+        # The one request of other calls is bounded by its size.
+        self._requests = Inbox(MAX_QUEUED_BYTES if handler.request_streaming else math.inf)
         self._has_all_requests = False
         self._news: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
-        self._done_callbacks: list[Callable[[Any], None]] = []
         self._deadline_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         if head.timeout_s is not None:
@@ -88,28 +85,11 @@ class ServerCall:
         """Until the caller's deadline, in seconds; None without one."""
         return None if self._deadline_s is None else max(0.0, self._deadline_s - self._loop.time())
 
-    def peer(self) -> str:
-        return f"ipv4:{self._socket.address}"
-
-    def set_trailing_metadata(self, metadata: Metadata) -> None:
-        self._trailing = tuple(metadata)
-
     def set_code(self, code: grpc.StatusCode) -> None:
         """What generated code says of a method that nobody wrote; see `Server`."""
 
     def set_details(self, details: str) -> None:
         """As `set_code`."""
-
-    def done(self) -> bool:
-        return self.is_over
-
-    def cancelled(self) -> bool:
-        """Whether the call ended without a status of its servicer's."""
-        return self.is_over and self._status is None
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        """Called once with this object, when the call is over."""
-        self._done_callbacks.append(callback)
 
     async def write(self, message: Any) -> None:
         """Sends a message, and waits until there is room for another."""
@@ -124,7 +104,7 @@ class ServerCall:
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()
     ) -> NoReturn:
         """Ends the call, and the servicer with it."""
-        self.end(Status(code, details, tuple(trailing_metadata) or self._trailing))
+        self.end(Status(code, details, tuple(trailing_metadata)))
         raise grpc.aio.AbortError("the servicer aborted the call")
 
     # --- for services that push --------------------------------------------------------------------------
@@ -158,10 +138,7 @@ class ServerCall:
     # --- what the connection says ------------------------------------------------------------------------
 
     def take_requests(self, messages: list[bytes]) -> None:
-        self._requests.extend(messages)
-        self._queued_bytes += sum(map(len, messages))
-        if self._queued_bytes > MAX_QUEUED_BYTES and self.handler.request_streaming:
-            self._connection.pause(self._stream)
+        self._requests.add(messages, self._connection, self._stream)
         self._wake_reader()
 
     def take_bad(self, error: BadMessage) -> None:
@@ -190,17 +167,13 @@ class ServerCall:
         if len(self._requests) != 1:
             self.end(Status(grpc.StatusCode.UNIMPLEMENTED, "the call has one request message"))
             return None
-        return self._parse(self._requests.popleft())
+        return self._parse(self._requests.take(self._connection, self._stream))
 
     async def requests(self) -> Any:
         """Of a call with many."""
         while True:
             while self._requests:
-                data = self._requests.popleft()
-                self._queued_bytes -= len(data)
-                if self._stream.is_paused and self._queued_bytes <= MAX_QUEUED_BYTES // 2:
-                    self._connection.resume(self._stream)
-                yield self._parse(data)
+                yield self._parse(self._requests.take(self._connection, self._stream))
             if self._has_all_requests:
                 return
             self._news = self._loop.create_future()
@@ -229,8 +202,6 @@ class ServerCall:
         self._socket.call_ended(self)
         self.on_over()
         self.on_writable = self.on_over = _nothing
-        for callback in self._done_callbacks:
-            callback(self)
 
 
 def _current_task() -> asyncio.Task[Any] | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
@@ -18,7 +17,8 @@ import grpc
 from rpc import heads
 from rpc.connection import Limits
 from rpc.frames import ErrorCode
-from rpc.heads import BadHead, Header, Status
+from rpc.heads import BadHead, Status
+from rpc.inbox import Inbox
 from rpc.messages import BadMessage
 from rpc.peer import Peer
 from rpc.stream import Stream
@@ -110,8 +110,7 @@ class StreamCall(Generic[RequestT, ResponseT]):
         self._deserialize = deserialize
         self._peer: _ClientPeer | None = None
         self._stream: Stream | None = None
-        self._responses: deque[bytes] = deque()
-        self._queued_bytes = 0
+        self._responses = Inbox(MAX_QUEUED_BYTES)
         self._status: Status | None = None
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -146,16 +145,8 @@ class StreamCall(Generic[RequestT, ResponseT]):
                 raise _error(self._status)
             self._news.clear()
             await self._news.wait()
-        data = self._responses.popleft()
-        self._queued_bytes -= len(data)
-        if (
-            self._stream is not None
-            and self._stream.is_paused
-            and self._queued_bytes <= MAX_QUEUED_BYTES // 2
-        ):
-            assert self._peer is not None
-            self._peer.connection.resume(self._stream)
-        return self._deserialize(data)
+        assert self._peer is not None and self._stream is not None
+        return self._deserialize(self._responses.take(self._peer.connection, self._stream))
 
     async def done_writing(self) -> None:
         """Says that no message follows."""
@@ -191,10 +182,8 @@ class StreamCall(Generic[RequestT, ResponseT]):
     # --- what the connection says ------------------------------------------------------------------------
 
     def take_responses(self, messages: list[bytes]) -> None:
-        self._responses.extend(messages)
-        self._queued_bytes += sum(map(len, messages))
-        if self._queued_bytes > MAX_QUEUED_BYTES and self._peer is not None and self._stream is not None:
-            self._peer.connection.pause(self._stream)
+        assert self._peer is not None and self._stream is not None
+        self._responses.add(messages, self._peer.connection, self._stream)
         self._news.set()
 
     def writable(self) -> None:
@@ -207,11 +196,11 @@ class StreamCall(Generic[RequestT, ResponseT]):
         self._room.set()
 
 
-class _ClientPeer(Peer["Status | BadHead | None"]):
+class _ClientPeer(Peer["Status | None"]):
     """The connection of a channel."""
 
     def __init__(self, limits: Limits, keepalive_s: float) -> None:
-        super().__init__(True, _parse, limits, keepalive_s)
+        super().__init__(True, heads.parse_status, limits, keepalive_s)
         self._reason = ""
 
     def begin(self, block: bytes, call: StreamCall[Any, Any]) -> Stream:
@@ -256,13 +245,6 @@ class _ClientPeer(Peer["Status | BadHead | None"]):
         self._reason = self._reason or reason
         for stream in tuple(self.connection.streams.values()):
             stream.owner.over(Status(grpc.StatusCode.UNAVAILABLE, self._reason))
-
-
-def _parse(headers: Iterable[Header]) -> Status | BadHead | None:
-    try:
-        return heads.parse_status(headers)
-    except BadHead as error:
-        return error
 
 
 def _error(status: Status) -> grpc.aio.AioRpcError:

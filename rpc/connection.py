@@ -13,7 +13,7 @@ from typing import Final, Generic, Protocol, TypeVar
 from rpc import frames
 from rpc.frames import ConnectionFault, ErrorCode
 from rpc.head_reader import MAX_HEADER_BYTES, HeadReader
-from rpc.heads import Header
+from rpc.heads import BadHead, Header
 from rpc.messages import BadMessage
 from rpc.outbox import Outbox
 from rpc.stream import Stream
@@ -34,7 +34,7 @@ class Observer(Protocol[HeadT_contra]):
     def output(self) -> None:
         """There is something to take, where there was nothing."""
 
-    def head(self, stream: Stream, head: HeadT_contra) -> None:
+    def head(self, stream: Stream, head: HeadT_contra | BadHead) -> None:
         """Headers came: a server's new call, a client's response headers or trailers."""
 
     def messages(self, stream: Stream, messages: list[bytes]) -> None: ...
@@ -76,7 +76,6 @@ class Connection(Generic[HeadT]):
         limits: Limits,
     ) -> None:
         self.streams: dict[int, Stream] = {}
-        self.peer_max_streams = 1 << 31
         self.is_going_away = False
         self.num_replies = 0  # to frames that no window holds back
         self.num_resets = 0
@@ -347,8 +346,6 @@ class Connection(Generic[HeadT]):
         for name, value in values:
             if name == frames.INITIAL_WINDOW_SIZE:
                 self._outbox.resize(value, self.streams.values())
-            elif name == frames.MAX_CONCURRENT_STREAMS:
-                self.peer_max_streams = value
         # Before anything that was waiting for it: the peer counts by the new sizes from here on.
         self.num_replies += 1
         self._outbox.add(frames.frame(frames.SETTINGS, frames.ACK, 0))

@@ -10,7 +10,7 @@ from hpack import Decoder
 from hpack.exceptions import HPACKError
 
 from rpc.frames import ConnectionFault, ErrorCode
-from rpc.heads import Header
+from rpc.heads import BadHead, Header
 
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_KEPT_HEADS: Final = 256
@@ -31,10 +31,10 @@ class HeadReader(Generic[HeadT]):
     def __init__(self, parse: Callable[[Iterable[Header]], HeadT]) -> None:
         self._parse = parse
         self._decoder = Decoder(max_header_list_size=MAX_HEADER_BYTES)
-        self._kept: dict[bytes, HeadT] = {}
+        self._kept: dict[bytes, HeadT | BadHead] = {}
 
-    def read(self, block: bytes) -> HeadT:
-        """What `parse` makes of the headers.
+    def read(self, block: bytes) -> HeadT | BadHead:
+        """What `parse` makes of the headers, or why it cannot.
 
         Raises:
             ConnectionFault: they cannot be read; nothing after them can.
@@ -46,7 +46,11 @@ class HeadReader(Generic[HeadT]):
             headers: Any = self._decoder.decode(block, raw=True)
         except HPACKError as error:
             raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, f"bad header block: {error}") from None
-        head = self._parse(headers)
+        head: HeadT | BadHead
+        try:
+            head = self._parse(headers)
+        except BadHead as error:
+            head = error
         if block and min(block) > 0x80 and max(block) < 0xFF:
             if len(self._kept) < MAX_KEPT_HEADS:
                 self._kept[block] = head

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Final, Generic, TypeVar, cast
+from typing import Final, TypeVar, cast
 
-from rpc.connection import Connection, Limits
+from rpc.connection import Connection, Limits, Observer
 from rpc.frames import ConnectionFault
 from rpc.heads import Header
-from rpc.messages import BadMessage
-from rpc.stream import Stream
 
 MAX_UNREAD_REPLIES: Final = 10_000  # to PINGs and SETTINGS: windows bound everything else
 WRITE_AHEAD_BYTES: Final = 256 << 10
@@ -22,7 +20,7 @@ logger = logging.getLogger(__name__)
 HeadT = TypeVar("HeadT")
 
 
-class Peer(asyncio.Protocol, Generic[HeadT]):
+class Peer(asyncio.Protocol, Observer[HeadT]):
     """One socket. Subclasses say what becomes of heads, messages and ends.
 
     A peer from which nothing came for `keepalive_s` is asked with a PING, and given up after as long again.
@@ -43,32 +41,11 @@ class Peer(asyncio.Protocol, Generic[HeadT]):
         self._is_quiet = False
         self._keepalive: asyncio.TimerHandle | None = None
 
-    # --- what subclasses say -----------------------------------------------------------------------------
+    # --- what subclasses say, beside an observer's part ----------------------------------------------------
 
-    def head(self, stream: Stream, head: HeadT) -> None:
-        raise NotImplementedError
-
-    def messages(self, stream: Stream, messages: list[bytes]) -> None:
-        raise NotImplementedError
-
-    def bad_message(self, stream: Stream, error: BadMessage) -> None:
-        raise NotImplementedError
-
-    def remote_done(self, stream: Stream) -> None:
-        raise NotImplementedError
-
-    def reset(self, stream: Stream, code: int) -> None:
-        raise NotImplementedError
-
-    def writable(self, stream: Stream) -> None:
-        raise NotImplementedError
-
-    def going_away(self, last_stream_id: int, reason: str) -> None:
-        raise NotImplementedError
-
+    @abstractmethod
     def closed(self, reason: str) -> None:
         """The socket is gone, and with it every stream. The last word."""
-        raise NotImplementedError
 
     # --- writing -----------------------------------------------------------------------------------------
 
@@ -76,15 +53,6 @@ class Peer(asyncio.Protocol, Generic[HeadT]):
     def is_choked(self) -> bool:
         """Whether so much waits to be written that no more should be added."""
         return self._is_paused or self.connection.gathered_bytes > WRITE_AHEAD_BYTES
-
-    @property
-    def socket(self) -> socket.socket | None:
-        """What the connection is on, while it is open."""
-        return (
-            None
-            if self._transport is None
-            else cast("socket.socket", self._transport.get_extra_info("socket"))
-        )
 
     def output(self) -> None:
         self._loop.call_soon(self._flush)

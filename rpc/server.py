@@ -7,7 +7,8 @@ import inspect
 import logging
 import socket
 import traceback
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ import grpc
 from rpc import heads
 from rpc.call import ServerCall
 from rpc.connection import Limits
-from rpc.heads import BadHead, Header, RequestHead, Status
+from rpc.heads import BadHead, RequestHead, Status
 from rpc.messages import BadMessage
 from rpc.peer import Peer
 from rpc.stream import Stream
@@ -109,7 +110,8 @@ class Server:
             connection.connection.go_away(reason="the server is stopping")
         if self._calls and grace_s:
             self._idle = asyncio.Event()
-            await asyncio.wait((asyncio.ensure_future(self._idle.wait()),), timeout=grace_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), grace_s)
         tasks = [call.task for call in self._calls if call.task is not None]
         for call in tuple(self._calls):
             call.end(Status(grpc.StatusCode.UNAVAILABLE, "the server is stopping"))
@@ -125,11 +127,6 @@ class Server:
         for connection in tuple(self._connections):
             connection.abort("the server has stopped")
         await asyncio.sleep(0)  # sockets are closed in the loop's next turn
-
-    @property
-    def connections(self) -> Collection[_ServerPeer]:
-        """Clients that are connected now."""
-        return self._connections
 
     # --- what connections call ---------------------------------------------------------------------------
 
@@ -167,12 +164,12 @@ class Server:
             self._idle.set()
 
 
-class _ServerPeer(Peer["RequestHead | BadHead"]):
+class _ServerPeer(Peer[RequestHead]):
     """One client's connection."""
 
     def __init__(self, server: Server, settings: ServerSettings) -> None:
         limits = Limits(max_message_bytes=settings.max_message_bytes, max_streams=settings.max_calls)
-        super().__init__(False, _parse, limits, settings.keepalive_s)
+        super().__init__(False, heads.parse_request, limits, settings.keepalive_s)
         self._server = server
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -279,13 +276,6 @@ def _behavior(handler: Handler) -> Callable[[Any, ServerCall], Any]:
 
 def _is_async(behavior: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior)
-
-
-def _parse(headers: Iterable[Header]) -> RequestHead | BadHead:
-    try:
-        return heads.parse_request(headers)
-    except BadHead as error:
-        return error
 
 
 class _Refusal:

@@ -15,6 +15,7 @@ import grpc
 from headrace.v1 import inference_pb2, inference_pb2_grpc
 from kvtransfer.direct_ticket import BadTicket, DirectTicket, TicketDesk
 from rpc.call import ServerCall
+from rpc.details import failed
 from rpc.heads import Status
 from rpc.server import Server, ServerSettings
 from worker.servers import join_address
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 MAX_STREAMS = 4096
 MAX_REQUEST_BYTES = 16 << 10
 KEEPALIVE_S = 10.0
-ERROR_DETAIL_KEY = "headrace-error-bin"
 
 
 class DirectRefused(Exception):
@@ -82,8 +82,7 @@ def broken(cause: str, message: str) -> Status:
 
 
 def _status(code: grpc.StatusCode, cause: str, message: str) -> Status:
-    detail = inference_pb2.ErrorDetail(stage="decode", cause=cause, message=message)
-    return Status(code, message, ((ERROR_DETAIL_KEY, detail.SerializeToString()),))
+    return failed(code, inference_pb2.ErrorDetail(stage="decode", cause=cause, message=message))
 
 
 def _nobody_decodes(_ticket: DirectTicket, _next_index: Sequence[int], _call: ServerCall) -> None:

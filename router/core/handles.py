@@ -4,14 +4,13 @@ Sealed with a key derived from the cluster secret, so that any router of the clu
 else can make one. It holds no text. Opaque to clients; the layout may change with the leading version byte.
 """
 
-import hmac
 import json
 from dataclasses import dataclass, fields
-from functools import lru_cache
+
+from kvtransfer import sealing
 
 VERSION = b"\x02"
-_SEAL_BYTES = 32
-MAX_HANDLE_BYTES = 4096
+_PURPOSE = b"resume-handle"
 
 
 class BadHandle(ValueError):
@@ -38,7 +37,7 @@ _FIELDS = tuple(field.name for field in fields(ResumeHandle))
 def seal(handle: ResumeHandle, cluster_secret: bytes) -> bytes:
     """The handle as a client gets it."""
     content = VERSION + json.dumps({name: getattr(handle, name) for name in _FIELDS}).encode()
-    return _seal_of(content, cluster_secret) + content
+    return sealing.seal(content, _PURPOSE, cluster_secret)
 
 
 def unseal(sealed: bytes, cluster_secret: bytes) -> ResumeHandle:
@@ -47,20 +46,10 @@ def unseal(sealed: bytes, cluster_secret: bytes) -> ResumeHandle:
     Raises:
         BadHandle: it was not made with this secret, or by a newer version.
     """
-    seal_bytes, content = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
-    if len(sealed) > MAX_HANDLE_BYTES or not hmac.compare_digest(
-        seal_bytes, _seal_of(content, cluster_secret)
-    ):
-        raise BadHandle("the resume handle was not made by this cluster")
+    try:
+        content = sealing.unseal(sealed, _PURPOSE, cluster_secret)
+    except sealing.BrokenSeal:
+        raise BadHandle("the resume handle was not made by this cluster") from None
     if content[:1] != VERSION:
         raise BadHandle("the resume handle is of another version")
     return ResumeHandle(**json.loads(content[1:]))
-
-
-def _seal_of(content: bytes, cluster_secret: bytes) -> bytes:
-    return hmac.digest(_key(cluster_secret), content, "sha256")
-
-
-@lru_cache(maxsize=4)
-def _key(cluster_secret: bytes) -> bytes:
-    return hmac.digest(cluster_secret, b"resume-handle", "sha256")

@@ -23,8 +23,8 @@ import pytest
 
 from cluster.gcs_keeper import is_alive
 from headrace import AsyncClient, Client, HeadraceError, RetryPolicy
-from headrace.v1.cluster_pb2 import WorkerStatus
 from tests.e2e.conftest import Home, wait_until
+from tests.e2e.long_answers import ask, decode_workers, is_back
 from tests.tiny_model import make_tiny_model
 
 # Slow all of it, for the sake of `make test`: `make gcs-test` runs it.
@@ -39,7 +39,6 @@ decode: {replicas: 2, kv_memory: 64MiB}
 router: {grpc: "127.0.0.1:%d"}
 """
 NUM_REQUESTS = 6
-ANSWER_TOKENS = 450
 LOOPBACK = "127.0.0.1"
 
 
@@ -197,9 +196,9 @@ def end_all_with(temp_dir: str) -> None:
 def test_answers_go_on_without_the_gcs_and_a_new_one_restarts_workers(cluster: Cluster) -> None:
     undisturbed = asyncio.run(answers(cluster))
     with Client(cluster.router_address) as client:
-        before = decode_workers(client)
+        before = decode_workers(client.status())
         assert asyncio.run(answers(cluster, without_gcs=True)) == undisturbed
-        assert {name: worker.hello.epoch for name, worker in decode_workers(client).items()} == {
+        assert {name: worker.hello.epoch for name, worker in decode_workers(client.status()).items()} == {
             name: worker.hello.epoch for name, worker in before.items()
         }
         victim = before["decode-1"].hello
@@ -213,13 +212,13 @@ def test_a_head_that_was_lost_and_starts_again_on_its_redis_gets_its_actors_agai
     cluster = on_redis.cluster
     undisturbed = asyncio.run(answers(cluster))
     with Client(cluster.router_address) as client:
-        before = {name: worker.hello.epoch for name, worker in decode_workers(client).items()}
+        before = {name: worker.hello.epoch for name, worker in decode_workers(client.status()).items()}
         on_redis.lose_head()
         on_redis.start_head()
 
         def are_back() -> bool:
             with suppress(HeadraceError):
-                now = {name: worker.hello.epoch for name, worker in decode_workers(client).items()}
+                now = {name: worker.hello.epoch for name, worker in decode_workers(client.status()).items()}
                 return now.keys() == before.keys() and not set(now.values()) & set(before.values())
             return False
 
@@ -240,36 +239,4 @@ async def answers(cluster: Cluster, *, without_gcs: bool = False) -> list[list[i
             if without_gcs:
                 stack.enter_context(cluster.without_gcs())
             tasks.append(asyncio.create_task(ask(client, NUM_REQUESTS, begun)))
-            return await asyncio.gather(*tasks)
-
-
-async def ask(client: AsyncClient, number: int, begun: asyncio.Semaphore) -> list[int]:
-    """The tokens of a long answer; every second one is seeded."""
-    answer = client.generate(
-        [5 + number, 6, 7],
-        max_tokens=ANSWER_TOKENS,
-        ignore_eos=True,
-        temperature=0.8 if number % 2 else 0.0,
-        seed=number,
-        timeout_s=120,
-    )
-    token_ids: list[int] = []
-    async for delta in answer.deltas():
-        if not token_ids:
-            begun.release()
-        assert delta.first_index == len(token_ids), "a token was lost or came twice"
-        token_ids += delta.token_ids
-    return token_ids
-
-
-def decode_workers(client: Client) -> dict[str, WorkerStatus]:
-    return {
-        worker.hello.worker_id: worker
-        for worker in client.status().workers
-        if worker.connected and worker.hello.worker_id.startswith("decode")
-    }
-
-
-def is_back(client: Client, old_epoch: int) -> bool:
-    worker = decode_workers(client).get("decode-1")
-    return worker is not None and worker.hello.epoch != old_epoch
+            return [answer.token_ids for answer in await asyncio.gather(*tasks)]

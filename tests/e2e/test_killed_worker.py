@@ -9,8 +9,8 @@ import signal
 import pytest
 
 from headrace import AsyncClient, Client, RetryPolicy
-from headrace.v1.cluster_pb2 import WorkerStatus
 from tests.e2e.conftest import Home, wait_until
+from tests.e2e.long_answers import ANSWER_TOKENS, ask, decode_workers, is_back
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
@@ -23,7 +23,6 @@ decode: {replicas: 2, kv_memory: 64MiB}
 router: {grpc: "127.0.0.1:0"}
 """
 NUM_REQUESTS = 8
-ANSWER_TOKENS = 450
 
 
 @pytest.fixture
@@ -31,34 +30,6 @@ def address(home: Home) -> str:
     started = home.up(PROFILE)
     assert started.returncode == 0, started.stderr
     return home.state().router_address
-
-
-def decode_workers(client: Client) -> dict[str, WorkerStatus]:
-    return {
-        worker.hello.worker_id: worker
-        for worker in client.status().workers
-        if worker.connected and worker.hello.worker_id.startswith("decode")
-    }
-
-
-async def ask(client: AsyncClient, number: int, begun: asyncio.Semaphore) -> list[int]:
-    """The tokens of a long answer; every second one is seeded."""
-    temperature = 0.8 if number % 2 else 0.0
-    answer = client.generate(
-        [5 + number, 6, 7],
-        max_tokens=ANSWER_TOKENS,
-        ignore_eos=True,
-        temperature=temperature,
-        seed=number,
-        timeout_s=120,
-    )
-    token_ids: list[int] = []
-    async for delta in answer.deltas():
-        if not token_ids:
-            begun.release()
-        assert delta.first_index == len(token_ids), "a token was lost or came twice"
-        token_ids += delta.token_ids
-    return token_ids
 
 
 async def answers(address: str, victim: int | None = None) -> list[list[int]]:
@@ -70,22 +41,17 @@ async def answers(address: str, victim: int | None = None) -> list[list[int]]:
             await asyncio.wait_for(begun.acquire(), 60)
         if victim is not None:
             os.kill(victim, signal.SIGKILL)
-        return await asyncio.gather(*tasks)
+        return [answer.token_ids for answer in await asyncio.gather(*tasks)]
 
 
 def test_no_answer_of_a_killed_worker_is_lost_and_it_comes_back(address: str) -> None:
     with Client(address) as client:
-        before = decode_workers(client)
+        before = decode_workers(client.status())
         victim = before["decode-1"].hello
         disturbed = asyncio.run(answers(address, victim.pid))
         wait_until(lambda: is_back(client, victim.epoch), "the killed worker's return")
         assert disturbed == asyncio.run(answers(address))
         assert all(len(token_ids) == ANSWER_TOKENS for token_ids in disturbed)
-        assert decode_workers(client)["decode-0"].hello.epoch == before["decode-0"].hello.epoch
+        assert decode_workers(client.status())["decode-0"].hello.epoch == before["decode-0"].hello.epoch
         status = client.status()
         assert (status.failed_requests, status.finished_requests) == (0, 2 * NUM_REQUESTS)
-
-
-def is_back(client: Client, old_epoch: int) -> bool:
-    worker = decode_workers(client).get("decode-1")
-    return worker is not None and worker.hello.epoch != old_epoch

@@ -11,8 +11,8 @@ import grpc
 
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc, worker_pb2
 from router.config import ModelFacts, RouterConfig
-from router.errors import ERROR_DETAIL_KEY
 from router.server import RouterServer
+from rpc.details import ERROR_DETAIL_KEY
 from tests.integration.scripted_worker import SECRET, TOKENIZER_DIGEST, ScriptedWorker
 
 WAIT_S = 10.0

@@ -256,7 +256,7 @@ async def test_a_client_that_asks_all_the_time_and_reads_nothing_is_cut_off():
 async def test_small_frames_go_out_at_once():
     async with serving() as (server, _, channel, _):
         await inference_pb2_grpc.InferenceStub(channel).Cancel(pb.CancelRequest())
-        sockets = [connection.socket for connection in server.connections]
+        sockets = [each._transport.get_extra_info("socket") for each in server._connections]
         assert sockets and all(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in sockets)
 
 
