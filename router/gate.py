@@ -46,16 +46,24 @@ class Gate:
         if refusal is not None:
             return _exhausted(refusal.cause, refusal.message, refusal.retry_after_s)
         request.is_counted = True
-        shares = self._shares_of(request.priority)
+        admit = self._by_share if self._shedder.has_service_level else self._not_now
+        failure = admit(request, tenant, now)
+        if failure is not None:
+            request.is_counted = False
+            self._limits.withdrawn(tenant.name, num_tokens, now)
+        return failure
+
+    def _by_share(self, request: Request, tenant: Tenant, now: float) -> Failure | None:
+        """As `_not_now`; but a service level keeps the line too short to share by, so who is ahead is held back."""
+        assert request.demand is not None
+        num_tokens = request.demand.num_prompt_tokens
+        shares = self._shares.setdefault(request.priority, Shares())
         shares.asked(tenant.name, tenant.weight, num_tokens, now)
         failure = self._ahead(shares, tenant, now) or self._not_now(request, tenant, now)
         if failure is None:
             shares.admitted(tenant.name, num_tokens)
-        else:
-            if failure.code is Code.RESOURCE_EXHAUSTED:
-                shares.refused()
-            request.is_counted = False
-            self._limits.withdrawn(tenant.name, num_tokens, now)
+        elif failure.code is Code.RESOURCE_EXHAUSTED:
+            shares.refused()
         return failure
 
     def _not_now(self, request: Request, tenant: Tenant, now: float) -> Failure | None:
@@ -66,13 +74,7 @@ class Gate:
             self._no_place(decision) or self._late(request, tenant, now) or self._full(request, tenant, now)
         )
 
-    def _shares_of(self, priority: int) -> Shares:
-        return self._shares.setdefault(priority, Shares())
-
     def _ahead(self, shares: Shares, tenant: Tenant, now: float) -> Failure | None:
-        """Holds back who is ahead of its share, where a service level keeps the line too short to share by."""
-        if not self._shedder.has_service_level:
-            return None
         debt_tokens = shares.debt_tokens(tenant.name, now)
         if not debt_tokens:
             return None
@@ -102,7 +104,9 @@ class Gate:
         entry = request.entry
         if entry is not None:
             self._queue.served(entry.tenant, num_tokens, entry.priority)
-            self._shares_of(entry.priority).answered(entry.tenant, num_tokens * ANSWER_TOKEN_PRICE)
+            shares = self._shares.get(entry.priority)
+            if shares is not None:
+                shares.answered(entry.tenant, num_tokens * ANSWER_TOKEN_PRICE)
         if request.forecast is not None:
             self._shedder.observed(request.forecast, self._clock() - request.arrived_s)
             request.forecast = None

@@ -33,6 +33,7 @@ class _Account:
     balance: float = 0.0
     asked: float = 0.0
     asked_at_s: float = -math.inf
+    answered: float = 0.0  # since others were credited for it
 
 
 class Shares:
@@ -68,6 +69,7 @@ class Shares:
         self._mean_tokens = self._mean_tokens + change / NUM_REQUESTS if self._mean_tokens else num_tokens
         if not self.is_watching:
             return
+        self._settle_answers()
         self._fade(now)
         account = self._accounts.get(tenant)
         if account is None:
@@ -89,25 +91,32 @@ class Shares:
             self._prompt_tokens = self._answer_tokens = 0.0
             return
         self._prompt_tokens += num_tokens
-        self._served(tenant, num_tokens)
+        account = self._accounts.get(tenant)
+        if account is not None:
+            left = self._credit(num_tokens)  # its own account may be credited, so not in one expression
+            account.balance += left - num_tokens
 
     def answered(self, tenant: str, num_tokens: float) -> None:
-        """Tokens of an answer came, at their price."""
-        if self.is_watching:
-            self._answer_tokens += num_tokens
-            self._served(tenant, num_tokens)
+        """Tokens of an answer came, at their price. Credited with the next request that comes, for there are many."""
+        account = self._accounts.get(tenant)
+        if account is not None:
+            account.answered += num_tokens
 
     @property
     def _price(self) -> float:
         """What is served for each token of a prompt, answers counted."""
         return 1.0 + self._answer_tokens / self._prompt_tokens if self._prompt_tokens > MIN_TOKENS else 1.0
 
-    def _served(self, tenant: str, num_tokens: float) -> None:
-        """As many tokens are credited to all as were served to one."""
-        account = self._accounts.get(tenant)
-        if account is not None:
-            left = self._credit(num_tokens)  # its own account may be credited, so not in one expression
-            account.balance += left - num_tokens
+    def _settle_answers(self) -> None:
+        served = [account for account in self._accounts.values() if account.answered]
+        num_tokens = sum(account.answered for account in served)
+        if not num_tokens:
+            return
+        self._answer_tokens += num_tokens
+        unwanted_part = self._credit(num_tokens) / num_tokens
+        for account in served:
+            account.balance -= account.answered * (1.0 - unwanted_part)
+            account.answered = 0.0
 
     def _credit(self, num_tokens: float) -> float:
         """Credits tokens by weight to those who asked; what is left over where they asked for less."""
