@@ -187,6 +187,7 @@ class ChaosCluster:
                 api_keys=KEYS,
                 link_grace_s=limits.link_grace_s,
                 resume_grace_s=limits.client_grace_s,
+                streaming="direct",  # which the SDK's clients use; the strict ones are relayed to
             )
             yield name, RouterSettings(router)
         for name in WORKERS:
@@ -205,6 +206,7 @@ class ChaosCluster:
                 lease_ttl_s=limits.lease_ttl_s,
                 resume_grace_s=limits.resume_grace_s,
                 dead_after_s=limits.dead_after_s,
+                direct_port=0,
             )
             yield (
                 name,
