@@ -101,6 +101,11 @@ class PrefillService:
             link.send(refusal)
             return
         older = self._prompts.get(_request_id(message.key))
+        if older is not None and older.key.attempt == message.key.attempt:
+            # Its lease here is the attempt's, and cannot be another prompt's too.
+            text = f"attempt {older.key.attempt} is under way for another lease"
+            link.send(failure(message.key, "prefill", Refusal.STALE_ATTEMPT, text))
+            return
         if older is not None and older.key.attempt < message.key.attempt:
             self._end(older, "SUPERSEDED")
         granted = self._leases.grant(
@@ -183,7 +188,7 @@ class PrefillService:
             if cached_tokens
         ]
         if not self._context.prefixes.anybody(holders):
-            self._admit(prompt)
+            self._try_to_admit(prompt)
             return
         root_key = self._context.root_key(prompt.key.tenant)
         wanted = Wanted(
@@ -204,9 +209,17 @@ class PrefillService:
         for holder in holders:
             self._channels.release(holder.address, holder.epoch)
         prompt.fetch, prompt.brought, prompt.phase = None, brought, Phase.WAITING
-        self._admit(prompt)
+        self._try_to_admit(prompt)
 
     # --- computing -----------------------------------------------------------------------------
+
+    def _try_to_admit(self, prompt: Prompt) -> None:
+        """A prompt that cannot be begun for a defect fails, and holds up no other."""
+        try:
+            self._admit(prompt)
+        except Exception as error:
+            logger.exception("prompt of request %s could not be begun", prompt.key.request_id)
+            self._fail(prompt, "prefill", "INTERNAL", type(error).__name__, retryable=True)
 
     def _admit(self, prompt: Prompt) -> None:
         """Begin to compute a prompt if there is room, else look again soon."""
@@ -216,7 +229,7 @@ class PrefillService:
         # One choice, whatever n is: the others begin on the decode worker.
         cached_tokens = self._leases.reserve(prompt.lease_id, prompt.token_ids, 1, root_key, prompt.bound)
         if cached_tokens is None:
-            self._context.loop.call_later(RETRY_ROOM_S, self._admit, prompt)
+            self._context.loop.call_later(RETRY_ROOM_S, self._try_to_admit, prompt)
             return
         prompt.phase = Phase.COMPUTING
         prompt.cached_tokens = cached_tokens
@@ -328,7 +341,7 @@ class PrefillService:
         self._channels.release(*prompt.peer, failed=error is not None and error.cause in _BROKEN_PEER)
         self._context.changed()
         for other in list(self._prompts.values()):
-            self._admit(other)
+            self._try_to_admit(other)
 
     def _count(self, prompt: Prompt) -> None:
         kv, stats = self._context.kv, prompt.push.stats()

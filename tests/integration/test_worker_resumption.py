@@ -301,3 +301,31 @@ def test_an_attempt_number_that_is_used_again_for_another_lease_is_another_attem
     lease = worker_pb2.Reserved(key=key, lease_id=b"another lease 16", kv_address="127.0.0.1:1")
     prefill.send(start_prefill=worker_pb2.StartPrefill(key=key, task=work, remaining_s=60.0, lease=lease))
     assert prefill.failed(key).cause == "LEASE_CLOSED"
+
+
+def test_an_attempt_number_that_is_used_again_while_its_prompt_is_computed_leaves_that_alone(
+    model_dir: Path,
+) -> None:
+    """The router is told to count on."""
+    with (
+        worker(model_dir, WorkerRole.PREFILL, codec="raw") as prefill,
+        worker(model_dir, WorkerRole.DECODE) as decode,
+        session(prefill) as to_prefill,
+        session(decode) as to_decode,
+    ):
+        gate = StepGate(prefill.engine)
+        work, key = task(random_prompt(13, 400)), request_key("counted again")
+        gate.allow(1)
+        lease = hand_over(to_prefill, to_decode, key, work)
+        gate.wait_until_held()
+        other = worker_pb2.Reserved()
+        other.CopyFrom(lease)
+        other.lease_id = b"another lease 16"
+        to_prefill.send(
+            start_prefill=worker_pb2.StartPrefill(key=key, task=work, remaining_s=60.0, lease=other)
+        )
+        assert to_prefill.failed(key).cause == "STALE_ATTEMPT"
+        gate.open()
+        assert to_decode.answer(key)
+        assert to_prefill.prefill_finished(key)
+        assert_nothing_held(prefill, decode)
