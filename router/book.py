@@ -87,7 +87,7 @@ class RequestBook:
         """Passes news on to the listeners, and drops those that are too far behind."""
         for attachment in tuple(request.attachments):
             attachment.wake()
-            if attachment.lag_bytes > self._config.outbox_bytes:
+            if not attachment.is_caught_up and attachment.lag_bytes > self._config.outbox_bytes:
                 self._drop_slow(attachment, f"more than {self._config.outbox_bytes} bytes behind")
 
     def cancel(self, request: Request) -> bool:

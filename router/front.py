@@ -129,7 +129,7 @@ def deliver(attachment: Attachment, call: ServerCall, book: RequestBook) -> None
         try:
             while call.is_writable:
                 for message in attachment.take():
-                    call.send(message)
+                    call.send_serialized(message)
                 if attachment.is_caught_up:
                     break
             if attachment.has_ended:

@@ -17,6 +17,9 @@ from router.placer import Placer
 from router.requests import Request, RequestKey
 from router.verdicts import no_workers, too_large
 
+CHARGED_TOKENS = 16
+"""Of an answer that are charged to its tenant at once; the rest when it ends."""
+
 
 class Gate:
     """Admits requests to `queue`, and keeps its tenants' accounts."""
@@ -101,22 +104,30 @@ class Gate:
 
     def tokens_came(self, request: Request, num_tokens: int) -> None:
         """An answer has grown; with its first token the prediction is held against what happened."""
-        entry = request.entry
-        if entry is not None:
-            self._queue.served(entry.tenant, num_tokens, entry.priority)
-            shares = self._shares.get(entry.priority)
-            if shares is not None:
-                shares.answered(entry.tenant, num_tokens * ANSWER_TOKEN_PRICE)
+        request.uncharged_tokens += num_tokens
+        if request.uncharged_tokens >= CHARGED_TOKENS:
+            self._charge_answer(request)
         if request.forecast is not None:
             self._shedder.observed(request.forecast, self._clock() - request.arrived_s)
             request.forecast = None
 
     def ended(self, request: Request) -> None:
         """A request is over, whether it was waiting or running."""
+        self._charge_answer(request)
         self._queue.remove(request.key)
         if request.is_counted:
             request.is_counted = False
             self._limits.finished(request.key.tenant, self._clock(), sum(request.answer.num_tokens))
+
+    def _charge_answer(self, request: Request) -> None:
+        entry, num_tokens = request.entry, request.uncharged_tokens
+        request.uncharged_tokens = 0
+        if entry is None or not num_tokens:
+            return
+        self._queue.served(entry.tenant, num_tokens, entry.priority)
+        shares = self._shares.get(entry.priority)
+        if shares is not None:
+            shares.answered(entry.tenant, num_tokens * ANSWER_TOKEN_PRICE)
 
     def _no_place(self, decision: Placement | Wait) -> Failure | None:
         if isinstance(decision, Wait) and decision.cause is WaitCause.NO_WORKERS:

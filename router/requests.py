@@ -58,8 +58,9 @@ class Request:
     number of the present placement, or of the last one before the first; `prefill` is the present attempt's,
     `prefills` those of all. `failed_on`: where attempts ended without an answer; `landed_on`: the decode worker to
     which an attempt had been pushing. `direct_source`: where a client may read the last attempt that was granted a
-    lease, past this router. `is_counted`: against its tenant's limits. `num_handles`: how often the handle was made
-    anew; `is_taken_over`: it was asked of a worker that writes it for another router."""
+    lease, past this router. `is_counted`: against its tenant's limits; `uncharged_tokens`: of the answer, to it.
+    `num_handles`: how often the handle was made anew; `is_taken_over`: it was asked of a worker that writes it for
+    another router."""
 
     key: RequestKey
     body: bytes
@@ -92,6 +93,7 @@ class Request:
     arrived_s: float = 0.0
     forecast: Forecast | None = None
     is_counted: bool = False
+    uncharged_tokens: int = 0
     replay_asked: bool = False
     replay_due: bool = False
     num_stale: int = 0
@@ -221,9 +223,9 @@ class Attachment:
         self._reader = Reader(Answer(0), 0)
         self.wake()
 
-    def take(self) -> list[pb.GenerateResponse]:
-        """The next messages for the client, about as many as fit into one; empty where there are none now. More may be
-        there unless it `is_caught_up`.
+    def take(self) -> list[bytes]:
+        """The next messages for the client, serialized GenerateResponses, about as many as fit into one; empty where
+        there are none now. More may be there unless it `is_caught_up`.
 
         Raises:
             Rejection: the request failed, or this client was dropped.
@@ -245,11 +247,11 @@ class Attachment:
             raise Rejection(request.failure, request.key.request_id, request.attempt)
         if request.done is not None and not self.has_ended:
             self.has_ended = True
-            messages.append(pb.GenerateResponse(done=request.done))
+            messages.append(pb.GenerateResponse(done=request.done).SerializeToString())
         self.is_caught_up = True
         return messages
 
-    def _new_ticket(self) -> list[pb.GenerateResponse]:
+    def _new_ticket(self) -> list[bytes]:
         """Behind the tokens that are here, so that the client can go on from there elsewhere."""
         source = self.request.direct_source
         if source is None or self.request.is_over or source.attempt != self.request.attempt:
@@ -258,9 +260,9 @@ class Attachment:
             return []
         self._ticket_attempt, self._is_direct = source.attempt, False
         self._ticket_id, message = source.ticket()
-        return [message]
+        return [message.SerializeToString()]
 
-    def _greeting(self) -> list[pb.GenerateResponse]:
+    def _greeting(self) -> list[bytes]:
         """What comes before tokens: the first message, and the newest handle."""
         request = self.request
         if request.accepted is None:
@@ -271,7 +273,7 @@ class Attachment:
         if request.num_handles > 1 and not request.is_over:
             messages.append(pb.GenerateResponse(resume_handle=request.resume_handle))
         self._handles_sent = request.num_handles
-        return messages
+        return [message.SerializeToString() for message in messages]
 
 
 def _nobody_listens() -> None:

@@ -116,9 +116,13 @@ class ServerCall:
 
     def send(self, message: Any) -> None:
         """Sends a message without waiting; on a call that is over it does nothing."""
+        if not self.is_over:
+            self.send_serialized(self._serialize(message))
+
+    def send_serialized(self, data: bytes) -> None:
+        """As `send`, for whoever has the message's bytes already."""
         if self.is_over:
             return
-        data = self._serialize(message)
         if not self._has_headers:
             self._has_headers = True
             self._connection.send_headers(self._stream, heads.RESPONSE)

@@ -3,7 +3,8 @@
 Tokens of each choice are numbered from 0 and kept once, however many clients read them. A worker's delta is
 a *segment*: its text belongs to all of its tokens together, since text may lag the tokens. A reader that
 starts inside a segment gets the tokens from there on and the whole text. Readers hold positions, not copies,
-so what has piled up for a slow one goes out as one message.
+so what has piled up for a slow one goes out as one message; who keeps up gets each delta as it came, and no delta is
+taken apart for that.
 
 Knows no streams and no clock.
 """
@@ -14,7 +15,8 @@ from enum import StrEnum
 from headrace.v1 import inference_pb2 as pb
 
 BYTES_PER_TOKEN = 4
-SEGMENT_BYTES = 64  # what a segment costs beside its text
+SEGMENT_BYTES = 64  # what a segment costs beside its delta
+_DELTA_TAG = bytes([pb.GenerateResponse.DELTA_FIELD_NUMBER << 3 | 2])  # a field of a message's own length
 
 
 class Arrival(StrEnum):
@@ -26,18 +28,14 @@ class Arrival(StrEnum):
 
 
 class ChoiceAnswer:
-    """One choice: its tokens, the text of its segments and the memory that each takes, about, and how it ended."""
+    """One choice: its tokens, the deltas that brought them, serialized, and where each ends; and its own end."""
 
-    __slots__ = (
-        "finished", "logprobs", "num_bytes", "segment_bytes", "segment_ends", "segment_texts", "tokens",
-    )  # fmt: skip
+    __slots__ = ("deltas", "finished", "num_bytes", "segment_ends", "tokens")
 
     def __init__(self) -> None:
         self.tokens = array("I")
         self.segment_ends = array("I")
-        self.segment_bytes = array("Q")
-        self.segment_texts: list[str] = []
-        self.logprobs: list[pb.TokenLogprobs] = []
+        self.deltas: list[bytes] = []
         self.finished: pb.ChoiceFinished | None = None
         self.num_bytes = 0
 
@@ -46,24 +44,19 @@ class ChoiceAnswer:
 
         One that begins before that and ends after it is not taken in part: its text cannot be cut.
         """
-        held, first_index, token_ids, text = len(self.tokens), delta.first_index, delta.token_ids, delta.text
-        num_new = len(token_ids)
-        end = first_index + num_new
+        held, first_index, token_ids = len(self.tokens), delta.first_index, delta.token_ids
+        end = first_index + len(token_ids)
         if self.finished is not None or (end <= held and first_index < held):
             return Arrival.REPEATED
         if first_index != held:
             return Arrival.MISALIGNED
-        if not num_new and not text:
+        if end == held and not delta.text:
             return Arrival.REPEATED
-        num_bytes = SEGMENT_BYTES + BYTES_PER_TOKEN * num_new + len(text.encode())
-        if delta.logprobs:
-            self.logprobs.extend(delta.logprobs)
-            num_bytes += sum(entry.ByteSize() for entry in delta.logprobs)
+        data = delta.SerializeToString()
         self.tokens.extend(token_ids)
         self.segment_ends.append(end)
-        self.segment_bytes.append(num_bytes)
-        self.segment_texts.append(text)
-        self.num_bytes += num_bytes
+        self.deltas.append(data)
+        self.num_bytes += SEGMENT_BYTES + BYTES_PER_TOKEN * (end - held) + len(data)
         return Arrival.NEW
 
     def finish(self, finished: pb.ChoiceFinished) -> bool:
@@ -76,6 +69,11 @@ class ChoiceAnswer:
     def segment_start(self, segment: int) -> int:
         """Index of a segment's first token."""
         return self.segment_ends[segment - 1] if segment else 0
+
+    def segment_bytes(self, segment: int) -> int:
+        """Memory that a segment takes, about."""
+        num_tokens = self.segment_ends[segment] - self.segment_start(segment)
+        return SEGMENT_BYTES + BYTES_PER_TOKEN * num_tokens + len(self.deltas[segment])
 
 
 class Answer:
@@ -100,7 +98,10 @@ class Answer:
     @property
     def is_complete(self) -> bool:
         """Whether every choice has ended."""
-        return all(choice.finished is not None for choice in self.choices)
+        choices = self.choices
+        if len(choices) == 1:
+            return choices[0].finished is not None
+        return all(choice.finished is not None for choice in choices)
 
 
 class Reader:
@@ -130,62 +131,55 @@ class Reader:
     @property
     def has_more(self) -> bool:
         """Whether `read` would give anything now."""
-        return any(self._has_more(choice) for choice in range(len(self._next_token)))
+        for choice, answer in enumerate(self._answer.choices):
+            if self._next_segment[choice] < len(answer.segment_ends):
+                return True
+            if answer.finished is not None and not self._finish_read[choice]:
+                return True
+        return False
 
-    def read(self, max_bytes: int) -> list[pb.GenerateResponse]:
-        """What is new of the next choice that has news: one delta of about `max_bytes` at most, and the end.
+    def read(self, max_bytes: int) -> list[bytes]:
+        """What is new of the next choice that has news: one delta of about `max_bytes` at most, and the end, each a
+        serialized GenerateResponse.
 
         Choices take turns, so that a long one does not hold back the others.
         """
         num_choices = len(self._next_token)
         for offset in range(num_choices):
             choice = (self._turn + offset) % num_choices
-            events = self._read_choice(choice, max_bytes)
-            if events:
+            messages = self._read_choice(choice, max_bytes)
+            if messages:
                 self._turn = choice + 1
-                return events
+                return messages
         return []
 
-    def _has_more(self, choice: int) -> bool:
+    def _read_choice(self, choice: int, max_bytes: int) -> list[bytes]:
         answer = self._answer.choices[choice]
-        ended = answer.finished is not None and not self._finish_read[choice]
-        return ended or self._next_segment[choice] < len(answer.segment_ends)
-
-    def _read_choice(self, choice: int, max_bytes: int) -> list[pb.GenerateResponse]:
-        answer = self._answer.choices[choice]
-        events: list[pb.GenerateResponse] = []
         delta = self._read_delta(choice, answer, max_bytes)
-        if delta is not None:
-            events.append(pb.GenerateResponse(delta=delta))
-        at_end = self._next_segment[choice] == len(answer.segment_ends)
-        if at_end and answer.finished is not None and not self._finish_read[choice]:
+        messages = [] if delta is None else [_message_of(delta)]
+        if answer.finished is None or self._finish_read[choice]:
+            return messages
+        if self._next_segment[choice] == len(answer.segment_ends):
             self._finish_read[choice] = True
-            events.append(pb.GenerateResponse(choice_finished=answer.finished))
-        return events
+            messages.append(pb.GenerateResponse(choice_finished=answer.finished).SerializeToString())
+        return messages
 
-    def _read_delta(self, choice: int, answer: ChoiceAnswer, max_bytes: int) -> pb.Delta | None:
-        first_segment, first_token = self._next_segment[choice], self._next_token[choice]
-        if first_token != answer.segment_start(first_segment):
+    def _read_delta(self, choice: int, answer: ChoiceAnswer, max_bytes: int) -> bytes | None:
+        first, first_token = self._next_segment[choice], self._next_token[choice]
+        if first_token != answer.segment_start(first):
             self._skip_known(choice, answer)
-            first_segment = self._next_segment[choice]
-        segment, num_bytes = first_segment, 0
-        while segment < len(answer.segment_ends) and (segment == first_segment or num_bytes < max_bytes):
-            num_bytes += answer.segment_bytes[segment]
+            first = self._next_segment[choice]
+        segment, num_bytes, num_segments = first, 0, len(answer.segment_ends)
+        while segment < num_segments and (segment == first or num_bytes < max_bytes):
+            num_bytes += answer.segment_bytes(segment)
             segment += 1
-        if segment == first_segment:
+        if segment == first:
             return None
-        end = answer.segment_ends[segment - 1]
-        self._next_segment[choice], self._next_token[choice] = segment, end
+        self._next_segment[choice], self._next_token[choice] = segment, answer.segment_ends[segment - 1]
         self._read_bytes += num_bytes
-        delta = pb.Delta(
-            choice=choice,
-            first_index=first_token,
-            token_ids=answer.tokens[first_token:end],
-            text="".join(answer.segment_texts[first_segment:segment]),
-        )
-        if answer.logprobs:
-            delta.logprobs.extend(answer.logprobs[first_token:end])
-        return delta
+        if segment == first + 1 and first_token == answer.segment_start(first):
+            return answer.deltas[first]
+        return _joined(answer.deltas[first:segment], first_token)
 
     def _skip_known(self, choice: int, answer: ChoiceAnswer) -> None:
         """Passes over segments that the client had before it attached."""
@@ -195,4 +189,29 @@ class Reader:
             if end > known or (start == end == known):
                 return
             self._next_segment[choice] += 1
-            self._read_bytes += answer.segment_bytes[segment]
+            self._read_bytes += answer.segment_bytes(segment)
+
+
+def _joined(deltas: list[bytes], first_token: int) -> bytes:
+    """Several deltas as one, without the tokens before `first_token`."""
+    parts = [pb.Delta.FromString(delta) for delta in deltas]
+    joined = pb.Delta(
+        choice=parts[0].choice, first_index=first_token, text="".join([part.text for part in parts])
+    )
+    for part in parts:
+        joined.token_ids.extend(part.token_ids)
+        joined.logprobs.extend(part.logprobs)
+    num_known = first_token - parts[0].first_index
+    del joined.token_ids[:num_known], joined.logprobs[:num_known]
+    return joined.SerializeToString()
+
+
+def _message_of(delta: bytes) -> bytes:
+    """The GenerateResponse that carries a serialized delta: a protobuf message's bytes are its fields', one after the
+    other (protobuf.dev/programming-guides/encoding)."""
+    size, length = bytearray(), len(delta)
+    while length > 0x7F:
+        size.append(length & 0x7F | 0x80)
+        length >>= 7
+    size.append(length)
+    return b"%b%b%b" % (_DELTA_TAG, size, delta)

@@ -153,8 +153,12 @@ def _source(attempt: int) -> DirectSource:
     return DirectSource("t", "r", attempt, 7, "host:1", b"s" * 32, lambda: 0.0)
 
 
+def _taken(attachment: Attachment) -> list[pb.GenerateResponse]:
+    return [pb.GenerateResponse.FromString(message) for message in attachment.take()]
+
+
 def _kinds(attachment: Attachment) -> list[str]:
-    return [str(message.WhichOneof("event")) for message in attachment.take()]
+    return [str(message.WhichOneof("event")) for message in _taken(attachment)]
 
 
 def _grow(request: Any, token: int) -> None:
@@ -180,7 +184,7 @@ def test_an_attachment_keeps_its_place_while_its_client_reads_elsewhere() -> Non
         assert _kinds(attachment) == []
     assert (attachment.lag_bytes, attachment.is_stalled(1e9, 1.0)) == (0, False)
     attachment.direct_changed(attachment._ticket_id, BROKEN)
-    [message] = attachment.take()
+    [message] = _taken(attachment)
     assert (message.delta.first_index, message.delta.text) == (2, "cd")
 
 

@@ -19,7 +19,7 @@ def delta(first_index, token_ids, text="", choice=0, logprobs=()):
 def read_all(reader, max_bytes=1 << 20):
     messages = []
     while batch := reader.read(max_bytes):
-        messages += batch
+        messages += map(pb.GenerateResponse.FromString, batch)
     return messages
 
 
@@ -102,7 +102,7 @@ def test_messages_are_bounded_and_choices_take_turns():
     answer = Answer(2)
     for index in range(100):
         answer.choices[0].add(delta(index, [index], "x" * 50))
-    answer.choices[1].add(delta(0, [7], "y"))
+    answer.choices[1].add(delta(0, [7], "y", choice=1))
     messages = read_all(Reader(answer, 0), max_bytes=500)
     assert max(message.ByteSize() for message in messages) < 1000
     assert [message.delta.choice for message in messages[:3]] == [0, 1, 0]
@@ -130,7 +130,7 @@ def test_every_reader_ends_with_the_same_answer(seed):
         say(answer, sent, choice, range(first, chance.randint(first, lengths[choice])))
         for _, reader, messages in readers:
             if chance.random() < 0.5:
-                messages += reader.read(chance.randint(1, 400))
+                messages += map(pb.GenerateResponse.FromString, reader.read(chance.randint(1, 400)))
     for choice, length in enumerate(lengths):
         say(answer, sent, choice, range(sent[choice], length))
         answer.choices[choice].finish(pb.ChoiceFinished(choice=choice, num_tokens=length))

@@ -451,7 +451,7 @@ class Cluster:
         text, finished, done = "", False, False
         try:
             while messages := attachment.take():
-                for message in messages:
+                for message in map(pb.GenerateResponse.FromString, messages):
                     assert not done
                     text += message.delta.text
                     finished |= message.HasField("choice_finished")
