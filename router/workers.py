@@ -107,7 +107,6 @@ class WorkerLink:
         self._outgoing_bytes = 0
         self._seen: dict[tuple[str, str, int, int], tuple[worker_pb2.RequestKey, int]] = {}
         self._seen_due = False
-        self._news = asyncio.Event()
         self._call: Session | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -119,7 +118,7 @@ class WorkerLink:
         if self._task is None:
             return
         self._is_closing = True
-        self._news.set()
+        self._flush()
         if self.connected:
             await asyncio.wait((self._task,), timeout=CLOSE_S)
         self._task.cancel()
@@ -130,9 +129,11 @@ class WorkerLink:
         """Queues a message; while the worker is out of touch, only cancels are kept."""
         if not self.connected and not message.HasField("cancel"):
             return
+        if self._call is not None and not self._outgoing and self._call.is_writable:
+            self._call.send(message)
+            return
         self._outgoing.append(message)
         self._outgoing_bytes += message.ByteSize()
-        self._news.set()
         if len(self._outgoing) > MAX_QUEUED_MESSAGES or self._outgoing_bytes > MAX_QUEUED_BYTES:
             self.last_error = "the worker does not read what it is sent"
             self._keep_cancels()
@@ -148,8 +149,8 @@ class WorkerLink:
         self._seen[key.tenant, key.request_id, key.attempt, choice] = (key, next_index)
 
     def _acknowledgements_due(self) -> None:
-        self._seen_due = True
-        self._news.set()
+        self._seen_due = bool(self._seen)
+        self._flush()
 
     async def _run(self) -> None:
         deadline_s = self._clock() + max(self._settings.grace_s, HELLO_TIMEOUT_S)
@@ -191,21 +192,18 @@ class WorkerLink:
         ) as channel:
             stub: Any = worker_pb2_grpc.WorkerStub(channel)
             call: Session = stub.Session(metadata=((CLUSTER_TOKEN_KEY, self._settings.token),))
-            self._call = call
-            writer: asyncio.Task[None] | None = None
             try:
                 hello = await self._exchange_hellos(call, hello_timeout_s)
+                self._call, call.on_writable = call, self._flush
                 self._accept(hello)
-                writer = asyncio.create_task(self._write(call))
-                await self._read(call)
+                self._flush()
+                await call.hand_on(self._take)
+                raise LinkBroken(f"the worker ended the stream: {await call.details()}")
             except grpc.aio.AioRpcError as error:
                 raise LinkBroken(_describe(error), refused=_is_refused(error)) from None
             finally:
                 self._call = None
                 call.cancel()
-                if writer is not None:
-                    writer.cancel()
-                    await asyncio.gather(writer, return_exceptions=True)
 
     async def _exchange_hellos(self, call: Session, timeout_s: float) -> worker_pb2.WorkerHello:
         hello = worker_pb2.RouterHello(
@@ -244,35 +242,28 @@ class WorkerLink:
             logger.info("worker %s is back", self.ref.worker_id)
             self._observer.back(self)
 
-    async def _read(self, call: Session) -> None:
-        while True:
-            message = await call.read()
-            if not isinstance(message, worker_pb2.WorkerMessage):
-                raise LinkBroken(f"the worker ended the stream: {await call.details()}")
-            try:
-                self._observer.message(self, message)
-            except Exception:
-                # One message that cannot be handled must not cost the requests of the whole link.
-                logger.exception("a %s message could not be handled", message.WhichOneof("message"))
-
-    async def _write(self, call: Session) -> None:
+    def _take(self, message: worker_pb2.WorkerMessage) -> None:
         try:
-            while True:
-                await self._news.wait()
-                self._news.clear()
-                while self._outgoing or self._seen_due:
-                    await call.write(self._next())
-                if self._is_closing:
-                    await call.done_writing()
-                    return
-        except grpc.aio.AioRpcError:
-            call.cancel()  # the reader sees the end, and tells why
+            self._observer.message(self, message)
+        except Exception:
+            # One message that cannot be handled must not cost the requests of the whole link.
+            logger.exception("a %s message could not be handled", message.WhichOneof("message"))
 
-    def _next(self) -> worker_pb2.RouterMessage:
-        if self._outgoing:
+    def _flush(self) -> None:
+        """Sends what waits, as far as there is room; the last words end this side."""
+        call = self._call
+        if call is None or not self.connected:
+            return
+        while self._outgoing and call.is_writable:
             message = self._outgoing.popleft()
             self._outgoing_bytes -= message.ByteSize()
-            return message
+            call.send(message)
+        if self._seen_due and call.is_writable:
+            call.send(self._acknowledgement())
+        if self._is_closing and not self._outgoing:
+            call.done_writing()
+
+    def _acknowledgement(self) -> worker_pb2.RouterMessage:
         seen = [
             worker_pb2.TokensSeen(key=key, choice=name[-1], next_index=next_index)
             for name, (key, next_index) in self._seen.items()
@@ -286,8 +277,6 @@ class WorkerLink:
         self._outgoing_bytes = sum(message.ByteSize() for message in self._outgoing)
         self._seen.clear()
         self._seen_due = False
-        if self._outgoing:
-            self._news.set()
 
 
 def _is_refused(error: grpc.aio.AioRpcError) -> bool:

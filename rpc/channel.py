@@ -25,6 +25,8 @@ from rpc.stream import Stream
 
 MAX_QUEUED_BYTES: Final = 16 << 20  # of messages that were not read; then the peer's window closes
 
+_CANCELLED: Final = Status(grpc.StatusCode.CANCELLED, "the call was cancelled here")
+
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 
@@ -95,7 +97,8 @@ class Channel:
 
 
 class StreamCall(Generic[RequestT, ResponseT]):
-    """A call with many messages both ways: `write` and `read` as grpc.aio's, each by one task at a time."""
+    """A call with many messages both ways: `write` and `read` as grpc.aio's, each by one task at a time. Once the first
+    of them is through, one may `send` while `is_writable`, told by `on_writable`, and have what comes `hand_on`ed."""
 
     def __init__(
         self,
@@ -110,6 +113,9 @@ class StreamCall(Generic[RequestT, ResponseT]):
         self._deserialize = deserialize
         self._peer: _ClientPeer | None = None
         self._stream: Stream | None = None
+        self.on_writable: Callable[[], None] = _nothing
+        self._take: Callable[[ResponseT], None] | None = None
+        self._is_done_writing = False
         self._responses = Inbox(MAX_QUEUED_BYTES)
         self._status: Status | None = None
         self._news = asyncio.Event()
@@ -122,12 +128,10 @@ class StreamCall(Generic[RequestT, ResponseT]):
             grpc.aio.AioRpcError: the call is over.
         """
         await self._begin()
-        peer, stream = self._peer, self._stream
-        if self._status is None and peer is not None and stream is not None:
-            peer.connection.send_message(stream, self._serialize(message))
-            while self._status is None and (stream.pending or peer.is_choked):
-                self._room.clear()
-                await self._room.wait()
+        self.send(message)
+        while self._status is None and not self.is_writable:
+            self._room.clear()
+            await self._room.wait()
         if self._status is not None:
             raise _error(self._status)
 
@@ -148,18 +152,51 @@ class StreamCall(Generic[RequestT, ResponseT]):
         assert self._peer is not None and self._stream is not None
         return self._deserialize(self._responses.take(self._peer.connection, self._stream))
 
-    async def done_writing(self) -> None:
-        """Says that no message follows."""
-        if self._peer is not None and self._stream is not None and self._status is None:
+    @property
+    def is_writable(self) -> bool:
+        """Whether what is sent now goes out at once, as far as is known."""
+        peer, stream = self._peer, self._stream
+        if peer is None or stream is None or self._status is not None:
+            return False
+        return not (stream.pending or peer.is_choked)
+
+    def send(self, message: RequestT) -> None:
+        """Sends a message without waiting; on a call that is over it does nothing."""
+        if self._status is None and self._peer is not None and self._stream is not None:
+            self._peer.connection.send_message(self._stream, self._serialize(message))
+
+    async def hand_on(self, take: Callable[[ResponseT], None]) -> None:
+        """Gives `take` every message as soon as it is here, until the peer ends the call in order. What `take` raises
+        ends the call.
+
+        Raises:
+            grpc.aio.AioRpcError: it was ended otherwise.
+        """
+        while self._responses:
+            message = await self.read()
+            take(message)  # type: ignore[arg-type]
+        self._take = take
+        while self._status is None:
+            self._news.clear()
+            await self._news.wait()
+        if self._status.code is not grpc.StatusCode.OK:
+            raise _error(self._status)
+
+    def done_writing(self) -> None:
+        """Says that no message follows. Repeats change nothing."""
+        if self._is_done_writing or self._status is not None:
+            return
+        if self._peer is not None and self._stream is not None:
+            self._is_done_writing = True
             self._peer.connection.half_close(self._stream)
 
-    def cancel(self) -> bool:
+    def cancel(self, status: Status = _CANCELLED) -> bool:
         """Ends the call; False where it was over."""
         if self._status is not None:
             return False
         if self._peer is not None and self._stream is not None:
             self._peer.connection.cancel(self._stream, ErrorCode.CANCEL)
-        self.over(Status(grpc.StatusCode.CANCELLED, "the call was cancelled here"))
+        self.over(status)
         return True
 
     async def details(self) -> str:
@@ -183,11 +220,21 @@ class StreamCall(Generic[RequestT, ResponseT]):
 
     def take_responses(self, messages: list[bytes]) -> None:
         assert self._peer is not None and self._stream is not None
-        self._responses.add(messages, self._peer.connection, self._stream)
-        self._news.set()
+        if self._take is None:
+            self._responses.add(messages, self._peer.connection, self._stream)
+            self._news.set()
+            return
+        try:
+            for message in messages:
+                self._take(self._deserialize(message))
+        except Exception as error:  # noqa: BLE001 - the boundary: one call's defect is not its connection's
+            self.cancel(
+                Status(grpc.StatusCode.INTERNAL, f"a message could not be taken: {type(error).__name__}")
+            )
 
     def writable(self) -> None:
         self._room.set()
+        self.on_writable()
 
     def over(self, status: Status) -> None:
         if self._status is None:
@@ -251,3 +298,7 @@ def _error(status: Status) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(
         status.code, grpc.aio.Metadata(), grpc.aio.Metadata(*status.metadata), status.details
     )
+
+
+def _nothing() -> None:
+    return None

@@ -104,6 +104,8 @@ class Connection(Generic[HeadT]):
             frames.WINDOW_UPDATE: self._on_window_update,
             frames.CONTINUATION: self._on_continuation,
         }
+        self.send_message = self._outbox.message
+        """A message on a stream, now or as soon as the peer has room for it."""
 
     # --- what is sent ------------------------------------------------------------------------------------
 
@@ -140,10 +142,6 @@ class Connection(Generic[HeadT]):
     def send_headers(self, stream: Stream, block: bytes, ends: bool = False) -> None:
         """A response's headers or trailers, behind what waits on the stream."""
         self._outbox.headers(stream, block, ends)
-
-    def send_message(self, stream: Stream, message: bytes) -> None:
-        """A message, now or as soon as the peer has room for it."""
-        self._outbox.message(stream, message)
 
     def half_close(self, stream: Stream) -> None:
         """A client has sent all."""

@@ -56,7 +56,9 @@ class Outbox:
         if stream.is_local_done:
             return
         size = len(message) + 5
-        if size <= min(stream.send_window, self._window, frames.MAX_FRAME_BYTES) and not stream.pending:
+        # Once for every token: comparing one after the other is faster than `min`.
+        fits = size <= stream.send_window and size <= self._window and size <= frames.MAX_FRAME_BYTES
+        if fits and not stream.pending:
             stream.send_window -= size
             self._window -= size
             self.add(frames.message_frame(stream.id, message))

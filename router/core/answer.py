@@ -214,4 +214,4 @@ def _message_of(delta: bytes) -> bytes:
         size.append(length & 0x7F | 0x80)
         length >>= 7
     size.append(length)
-    return b"%b%b%b" % (_DELTA_TAG, size, delta)
+    return _DELTA_TAG + bytes(size) + delta

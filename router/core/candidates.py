@@ -6,9 +6,8 @@ picked out.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import NamedTuple
-
-import numpy as np
 
 from router.core.columns import Floats, WorkerTable
 from router.core.fleet import Worker
@@ -58,14 +57,22 @@ class Shortlist:
         # The key may be the table's own, as these two columns are: they change under our hands.
         columns = (*columns, table.tokens_ahead.copy(), table.credits.copy())
         self._whole: _Rows | None = (table.workers, key.copy(), best, columns, why_not)
-        self._few: list[Candidate] = []
+        self._few: list[_Few] = []
 
-    def compact(self) -> list[Candidate]:
-        """The few as they stood when the choice was made, none of them marked as chosen."""
+    def compact(self) -> None:
+        """Keeps the few alone, as they stood when the choice was made."""
         if self._whole is not None:
             self._few = _the_few(*self._whole)
             self._whole = None
-        return self._few
+
+    def candidates(self) -> list[Candidate]:
+        """The few, none of them marked as chosen."""
+        self.compact()
+        return [_candidate(*few) for few in self._few]
+
+
+_Few = tuple[str, str | None, tuple[float, ...]]
+"""A worker, why it was ruled out, where it was, and its row of the columns."""
 
 
 def _the_few(
@@ -74,32 +81,33 @@ def _the_few(
     best: int,
     columns: Sequence[Floats | None],
     why_not: Callable[[Worker], str],
-) -> list[Candidate]:
-    few = np.arange(len(key))
-    if len(few) > MAX_CANDIDATES:
+) -> list[_Few]:
+    if len(key) > MAX_CANDIDATES:
         few = key.argpartition(MAX_CANDIDATES - 1)[:MAX_CANDIDATES]
         if best not in few.tolist():
             few[key.take(few).argmax()] = best
-    zeros = [0.0] * len(few)
-    rows = zip(*(zeros if column is None else column.take(few).tolist() for column in columns), strict=True)
-    candidates = []
-    for place, rank, row in zip(few.tolist(), key.take(few).tolist(), rows, strict=True):
-        worker, is_out = workers[place], rank == math.inf
-        cost_s, queue_s, compute_s, transfer_s, step_s, *counts = row
-        cached_tokens, tokens_ahead, free_blocks = map(int, counts)
-        candidates.append(
-            Candidate(
-                worker_id=worker.facts.ref.worker_id,
-                chosen=False,
-                cost_s=math.inf if is_out else cost_s,
-                queue_s=queue_s,
-                compute_s=compute_s,
-                transfer_s=transfer_s,
-                step_s=step_s,
-                cached_tokens=cached_tokens,
-                tokens_ahead=tokens_ahead,
-                free_blocks=free_blocks,
-                note=why_not(worker) if is_out else "",
-            )
-        )
-    return candidates
+        workers, key = [workers[place] for place in few.tolist()], key.take(few)
+        columns = [None if column is None else column.take(few) for column in columns]
+    rows = zip(*(repeat(0.0) if column is None else column.tolist() for column in columns), strict=False)
+    return [
+        (worker.facts.ref.worker_id, why_not(worker) if rank == math.inf else None, row)
+        for worker, rank, row in zip(workers, key.tolist(), rows, strict=True)
+    ]
+
+
+def _candidate(worker_id: str, why_not: str | None, row: tuple[float, ...]) -> Candidate:
+    cost_s, queue_s, compute_s, transfer_s, step_s, *counts = row
+    cached_tokens, tokens_ahead, free_blocks = map(int, counts)
+    return Candidate(
+        worker_id=worker_id,
+        chosen=False,
+        cost_s=cost_s if why_not is None else math.inf,
+        queue_s=queue_s,
+        compute_s=compute_s,
+        transfer_s=transfer_s,
+        step_s=step_s,
+        cached_tokens=cached_tokens,
+        tokens_ahead=tokens_ahead,
+        free_blocks=free_blocks,
+        note=why_not or "",
+    )

@@ -18,12 +18,16 @@ Mask = NDArray[np.bool_]
 MAX_PREFILL_PROMPTS = 2  # the running prompt and one more
 FEW_HOLDERS = 32  # up to so many, one at a time is faster than all slots at once
 
-_COLUMNS = (
-    "credits", "num_blocks", "used", "fullness", "per_block", "room", "num_sequences", "max_sequences",
-    "load", "growth", "per_sequence", "block_tokens", "max_context", "refused_until_s", "turn_tokens",
-    "tokens_ahead", "last_placed", "is_both", "empty_step_s", "s_per_token", "kv_bytes_per_token",
-    "link_s_per_byte", "link_fixed_s",
+_CHARGED = (
+    "credits", "used", "fullness", "room", "num_sequences", "load", "growth", "refused_until_s", "turn_tokens",
+    "tokens_ahead", "last_placed",
 )  # fmt: skip
+_REPORTED = (
+    "num_blocks", "per_block", "max_sequences", "per_sequence", "block_tokens", "max_context", "is_both",
+    "empty_step_s", "s_per_token", "kv_bytes_per_token", "link_s_per_byte", "link_fixed_s",
+)  # fmt: skip
+_COLUMNS = (*_CHARGED, *_REPORTED)
+_NUM_CHARGED = len(_CHARGED)
 
 
 def turn_tokens(worker: Worker, window_tokens: int) -> float:
@@ -34,31 +38,40 @@ def turn_tokens(worker: Worker, window_tokens: int) -> float:
     return window_tokens - worker.prefill_tokens
 
 
-def row_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
-    """A worker's figures in the order of the columns. `used` is the share of its blocks that is taken, `load` that of
-    its sequences; `per_block` and `per_sequence` are what one more adds. `fullness` and `growth` are
-    factors of a step's cost (`costs`): with the blocks that are taken, and with one sequence more."""
-    facts = worker.facts
-    per_block, per_sequence = 1.0 / max(1, facts.num_blocks), 1.0 / max(1, facts.max_sequences)
-    used, load = 1.0 - worker.credits * per_block, worker.num_sequences * per_sequence
+def charged_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
+    """The first of a worker's columns: what changes with each request. `used` is the share of its blocks that is taken,
+    `load` that of its sequences. `fullness` and `growth` are factors of a step's cost (`costs`): with the blocks that
+    are taken, and with one sequence more."""
+    facts, credits, num_sequences = worker.facts, worker.credits, worker.num_sequences
+    per_sequence = 1.0 / max(1, facts.max_sequences)
+    used, load = 1.0 - credits / max(1, facts.num_blocks), num_sequences * per_sequence
     return (
-        worker.credits,
-        facts.num_blocks,
+        credits,
         used,
         1.0 + used,
-        per_block,
-        facts.max_sequences - worker.num_sequences,
-        worker.num_sequences,
-        facts.max_sequences,
+        facts.max_sequences - num_sequences,
+        num_sequences,
         load,
         1.0 + load + per_sequence,
-        per_sequence,
-        facts.block_tokens,
-        facts.max_context,
         worker.refused_until_s,
         turn_tokens(worker, window_tokens),
         worker.tokens_ahead,
         worker.last_placed,
+    )
+
+
+def row_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
+    """A worker's figures in the order of the columns. `per_block` and `per_sequence` are what one more adds to the
+    share that is taken."""
+    facts = worker.facts
+    return (
+        *charged_of(worker, window_tokens),
+        facts.num_blocks,
+        1.0 / max(1, facts.num_blocks),
+        facts.max_sequences,
+        1.0 / max(1, facts.max_sequences),
+        facts.block_tokens,
+        facts.max_context,
         facts.role is Role.BOTH,
         worker.empty_step_s,
         worker.prefill_s_per_token,
@@ -69,7 +82,8 @@ def row_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
 
 
 class WorkerTable:
-    """Columns over some workers; `workers[i]` has row i. The prefill window is in tokens."""
+    """Columns over some workers; `workers[i]` has row i. The prefill window is in tokens. What is charged is brought up
+    to date by `refresh`, before a choice, since it changes several times between two."""
 
     credits: Floats
     num_blocks: Floats
@@ -99,6 +113,7 @@ class WorkerTable:
         self.workers: tuple[Worker, ...] = ()
         self._window_tokens = window_tokens
         self._places: dict[int, int] = {}
+        self._stale: dict[int, Worker] = {}  # by slot
         self._rows: Floats = np.zeros((len(_COLUMNS), 0))
         self.latest_refusal_s = 0.0
         """No worker is kept from requests by a refusal later than this."""
@@ -113,6 +128,7 @@ class WorkerTable:
 
     def row(self, place: int) -> tuple[float, ...]:
         """A row as it stands, for those who compare it with `row_of`."""
+        self.refresh()
         return tuple(self._rows[:, place].tolist())
 
     def add(self, worker: Worker) -> None:
@@ -127,6 +143,7 @@ class WorkerTable:
         place = self._places.pop(worker.slot, None)
         if place is None:
             return
+        self._stale.pop(worker.slot, None)
         *workers, last = self.workers
         if last is not worker:
             workers[place] = last
@@ -142,6 +159,20 @@ class WorkerTable:
         if place is not None:
             self._rows[:, place] = row_of(worker, self._window_tokens)
             self.latest_refusal_s = max(self.latest_refusal_s, worker.refused_until_s)
+            self._stale.pop(worker.slot, None)
+
+    def charged(self, worker: Worker) -> None:
+        """What is charged to a worker has changed; `refresh` brings it into the columns."""
+        if worker.slot in self._places:
+            self._stale[worker.slot] = worker
+
+    def refresh(self) -> None:
+        """Brings the columns up to what was charged."""
+        for slot, worker in self._stale.items():
+            self._rows[:_NUM_CHARGED, self._places[slot]] = charged_of(worker, self._window_tokens)
+            if worker.refused_until_s > self.latest_refusal_s:
+                self.latest_refusal_s = worker.refused_until_s
+        self._stale.clear()
 
     def blocks_of(self, demand: Demand) -> Floats | int:
         """Blocks that a request needs: one number where the workers' blocks are all of one size."""

@@ -40,13 +40,19 @@ class Group:
             if worker.prefills:
                 self.prefillers.add(worker)
         else:
-            self.write(worker)
+            self.decoders.write(worker)
+            self.prefillers.write(worker)
         self._figures = None
 
-    def write(self, worker: Worker) -> None:
+    def charged(self, worker: Worker) -> None:
         """What is charged to the worker changed."""
-        self.decoders.write(worker)
-        self.prefillers.write(worker)
+        self.decoders.charged(worker)
+        self.prefillers.charged(worker)
+
+    def refresh(self) -> None:
+        """Brings the tables up to the workers' figures."""
+        self.decoders.refresh()
+        self.prefillers.refresh()
 
     def figures(self, ttft_per_itl: float) -> Figures:
         """Speeds, with what is unknown filled in."""

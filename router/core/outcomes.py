@@ -52,13 +52,13 @@ class Placement:
     @property
     def decode_candidates(self) -> tuple[Candidate, ...]:
         """The best few decode workers, the chosen one first."""
-        few = self._decoders.compact() if self._decoders is not None else []
+        few = self._decoders.candidates() if self._decoders is not None else []
         return _ordered([option._replace(chosen=option.worker_id == self.decode.worker_id) for option in few])
 
     @property
     def prefill_candidates(self) -> tuple[Candidate, ...]:
         """The best few to prefill, the chosen one first; decode workers that could do it by themselves too."""
-        remote = self._prefillers.compact() if self._prefillers is not None else []
+        remote = self._prefillers.candidates() if self._prefillers is not None else []
         chosen = self.decode if self.prefill is None else self.prefill
         options = [(option, self.prefill is not None) for option in remote]
         options += [(Candidate(*row), self.prefill is None) for row in self._locals]

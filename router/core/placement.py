@@ -301,6 +301,7 @@ class PlacementState(Generic[K]):
         causes: set[WaitCause] = set()
         avoided = query.avoid_decode
         for group in self._groups.values():
+            group.refresh()
             if avoid_if_possible:
                 query.avoid_decode, query.avoid_prefill = group.avoidable(avoided, query.demand)
             found = choose(group, self._links, self._rules, query)
@@ -395,9 +396,10 @@ class PlacementState(Generic[K]):
             charge.prefill.prefill_tokens -= charge.prompt_tokens
 
     def _write(self, charge: _Charge) -> None:
-        for worker in {charge.decode.slot: charge.decode, charge.prefill.slot: charge.prefill}.values():
+        workers = (charge.decode,) if charge.decode is charge.prefill else (charge.decode, charge.prefill)
+        for worker in workers:
             if self._by_slot.get(worker.slot) is worker:
-                self._groups[worker.facts.identity].write(worker)
+                self._groups[worker.facts.identity].charged(worker)
 
     def _draw(self) -> tuple[float, float, float, float]:
         draw = self._generator.random

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache, partial
 
 DEFAULT_TENANT = "default"
 MAX_PRIORITY = 9
@@ -119,10 +120,11 @@ class TenantLimits:
         self._default = default or (Tenant(name=DEFAULT_TENANT) if tenants else OPEN_TENANT)
         self._usage: dict[str, _Usage] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
+        self._like_default = lru_cache(MAX_IDLE_TENANTS)(partial(replace, self._default))
 
     def tenant(self, name: str) -> Tenant:
         """What the tenant of that name may do."""
-        return self._tenants.get(name) or replace(self._default, name=name)
+        return self._tenants.get(name) or self._like_default(name=name)
 
     def num_running(self, name: str) -> int:
         """Requests of the tenant that were admitted and have not finished."""
