@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pydoc_data.topics import topics
 
 from rich.console import Console
 
@@ -27,6 +26,7 @@ from bench.chaos_load import LoadSizes, conversations
 from bench.chaos_plan import KILLS, Fault, Kind, Limits, Pace, kinds_of, plan, round_seed, share_of_kills
 from bench.chaos_round import Round, RoundResult, vars_of, wait_whole
 from bench.chaos_verdict import Tally
+from bench.prompts import documentation
 from bench.report import BenchReport, percentile
 from cluster.errors import ClusterError
 from cluster.model_store import resolve
@@ -125,8 +125,7 @@ async def _rounds(
 
 def real_text(model_dir: Path) -> list[int]:
     """Tokens of the documentation that every Python installation carries."""
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return Tokenizer.open(model_dir).encode(text[:TEXT_CHARS])
+    return Tokenizer.open(model_dir).encode(documentation()[:TEXT_CHARS])
 
 
 def report(campaign: Campaign, rounds: Sequence[RoundResult]) -> BenchReport:

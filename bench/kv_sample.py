@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from safetensors.torch import save_file
 
+from bench.prompts import documentation
 from cluster.model_store import resolve
 from engine.engine import Engine
 from engine.events import PrefillDone
@@ -25,8 +25,7 @@ OWNER = b"sample"
 
 def real_tokens(num_tokens: int) -> list[int]:
     """The text's first tokens."""
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    tokens = Tokenizer.open(resolve(MODEL)).encode(text[: 8 * num_tokens])
+    tokens = Tokenizer.open(resolve(MODEL)).encode(documentation()[: 8 * num_tokens])
     assert len(tokens) >= num_tokens, "the text is too short"
     return tokens[:num_tokens]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import string
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from bench.prompts import documentation
 from bench.router_settings import NUM_BYTES_PER_PROMPT
 from headrace._direct import AsyncDirectChannels, TwoStreams
 from headrace.v1 import inference_pb2 as pb
@@ -25,7 +25,6 @@ from headrace.v1 import inference_pb2_grpc
 NUM_CHANNELS = 8
 MAX_UNDER_WAY = 2048
 """Of paced calls. More would say that the router is not keeping up; the benchmark ends then."""
-WORDS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,19 +82,17 @@ class AnswerCheck:
 
 
 class Prompts:
-    """Texts of `NUM_BYTES_PER_PROMPT` bytes, no two of which begin alike."""
+    """Pieces of English, of `NUM_BYTES_PER_PROMPT` bytes each, no two of which begin alike."""
 
     def __init__(self, seed: int = 0) -> None:
-        generator = random.Random(seed)
-        letters = string.ascii_lowercase
-        self._words = ["".join(generator.choices(letters, k=generator.randint(2, 9))) for _ in range(WORDS)]
-        self._generator = generator
+        self._text = " ".join(documentation().encode("ascii", "ignore").decode().split())
+        self._generator = random.Random(seed)
         self._numbers = itertools.count()
 
     def next(self) -> str:
-        number = f"{next(self._numbers):08d} "
-        words = " ".join(self._generator.choices(self._words, k=NUM_BYTES_PER_PROMPT // 3))
-        return (number + words)[:NUM_BYTES_PER_PROMPT]
+        start = self._generator.randrange(len(self._text) - NUM_BYTES_PER_PROMPT)
+        piece = self._text[start : start + NUM_BYTES_PER_PROMPT]
+        return f"{next(self._numbers):08d} {piece}"[:NUM_BYTES_PER_PROMPT]
 
 
 class Clients:

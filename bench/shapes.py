@@ -1,8 +1,8 @@
 """When not to split: is the default policy as good as the better of colocated and disaggregated, whatever is asked?
 
 Short prompts, long prompts, and prompts of which nine tenths are cached, against two colocated workers, one prefill and
-one decode worker that never prefills, and the same two under the default policy, which may prefill on the decode
-worker. A core for each engine. The three clusters are up beside one another and asked in turns, one at a time, so that
+one decode worker that never prefills, and one colocated and one decode worker under the default policy, which may
+prefill on either and decode on either. A core for each engine. The three clusters are up beside one another and asked in turns, one at a time, so that
 a machine's slow minutes fall on all of them. Goodput is requests a second that kept limits, which are multiples of what
 requests took that were alone; of several numbers of requests at a time, the best.
 """
@@ -37,11 +37,11 @@ model: {{path: smollm2-135m-instruct, precision: int8, max_context: 4096}}
 router: {{grpc: "127.0.0.1:0", policy: {policy}}}
 """
 _WORKER = "resources: {cpus: 1}, kv_memory: 384MiB"
-_PAIR = f"prefill: {{{_WORKER}}}\ndecode: {{{_WORKER}, max_drafts: 0}}\n"
+_DECODE = f"decode: {{{_WORKER}, max_drafts: 0}}\n"
 _CONFIGS = {
     COLOCATED: ("cost", f"colocated: {{replicas: 2, {_WORKER}, max_drafts: 0}}\n"),
-    SPLIT: ("least-loaded", _PAIR),
-    DEFAULT: ("cost", _PAIR),
+    SPLIT: ("least-loaded", f"prefill: {{{_WORKER}}}\n{_DECODE}"),
+    DEFAULT: ("cost", f"colocated: {{{_WORKER}, max_drafts: 0}}\n{_DECODE}"),
 }
 
 
