@@ -1,10 +1,10 @@
 """When not to split: is the default policy as good as the better of colocated and disaggregated, whatever is asked?
 
-Short prompts, long prompts, and prompts of which nine tenths are cached, against two colocated workers, one prefill and
-one decode worker that never prefills, and one colocated and one decode worker under the default policy, which may
-prefill on either and decode on either. A core for each engine. The three clusters are up beside one another and asked in turns, one at a time, so that
-a machine's slow minutes fall on all of them. Goodput is requests a second that kept limits, which are multiples of what
-requests took that were alone; of several numbers of requests at a time, the best.
+Short prompts, long prompts, and prompts of which nine tenths are cached, against two colocated workers, one prefill
+and one decode worker that never prefills, and one colocated and one decode worker under the default policy, which may
+prefill on either and decode on either. A core for each engine. The three clusters are up beside one another and asked
+in turns, one at a time, so that a machine's slow minutes fall on all of them. Goodput is requests a second that kept
+limits, which are multiples of what requests took that were alone; of several numbers of requests at a time, the best.
 """
 
 from __future__ import annotations

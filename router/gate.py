@@ -81,7 +81,7 @@ class Gate:
         debt_tokens = shares.debt_tokens(tenant.name, now)
         if not debt_tokens:
             return None
-        rate = self._queue.service_rate or debt_tokens
+        rate = self._service_rate or debt_tokens
         return _exhausted(
             "AHEAD_OF_SHARE",
             f"tenant {tenant.name!r} was served more than its weight's share while others were turned away",
@@ -141,7 +141,7 @@ class Gate:
         forecast = self._shedder.forecast(
             request.demand.num_prompt_tokens,
             self._queue.ahead(tenant.name, request.priority, tenant.weight),
-            self._queue.service_rate,
+            self._service_rate,
             self._predicted_s(request),
             self._idle_s(request),
             priority=request.priority,
@@ -158,6 +158,12 @@ class Gate:
             retryable=shed.retryable,
             retry_after_s=shed.retry_after_s,
         )
+
+    @property
+    def _service_rate(self) -> float | None:
+        """Tokens a second: as seen, or as the workers say while nobody had to wait yet, so that a first burst is not
+        let in whole."""
+        return self._queue.service_rate or self._placer.prefill_tokens_per_s
 
     def _predicted_s(self, request: Request) -> float | None:
         """From placement to the first token: on the workers just chosen, else on those that would be."""

@@ -62,6 +62,11 @@ class Placer:
         assert request.demand is not None
         return self._placement.predict_ttft_s(request.demand, now, self._cached(request, now), idle)
 
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """What the prefill workers compute together; None while that is unknown."""
+        return self._placement.prefill_tokens_per_s
+
     def dispatched(self, request: Request, placement: Placement) -> None:
         """The next attempt goes there: it is charged, and its prompt counts as cached there from now on."""
         now = self._clock()

@@ -214,6 +214,16 @@ class PlacementState(Generic[K]):
                 return True
         return False
 
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """What the prefill workers that may get requests compute together, as they report; None while nobody has."""
+        rate = 0.0
+        for group in self._groups.values():
+            if len(group.prefillers):
+                figures = group.figures(self._rules.model.ttft_per_itl)
+                rate += float((1.0 / figures.prefill_s_per_token).sum()) if figures.is_measured else 0.0
+        return rate or None
+
     def unpaired_reason(self, worker: Worker) -> str:
         """Why no other worker may be paired with this one; empty if one may, or it does both by role.
 

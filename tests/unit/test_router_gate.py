@@ -123,3 +123,15 @@ def test_a_prompt_behind_many_others_is_refused_with_the_time_to_come_again() ->
     refused = [failure for failure in failures if failure is not None]
     assert refused and all(failure.cause == "PREDICTED_LATE" for failure in refused)
     assert all(failure.code is Code.RESOURCE_EXHAUSTED and failure.retry_after_s > 0 for failure in refused)
+
+
+def test_a_first_burst_is_judged_by_what_the_workers_say_of_themselves() -> None:
+    """Nobody has waited yet, so that nothing was seen of how fast the line moves."""
+    door = Door(slo_ttft_s=2.0)
+    door.queue = door.gate._queue = TokenQueue(100_000)
+    door.staff()
+    failures = [door.gate.admit(door.request()) for _ in range(60)]
+    admitted = failures.index(None), sum(failure is None for failure in failures)
+    assert door.queue.service_rate is None
+    assert admitted[0] == 0 and 2 <= admitted[1] <= 20  # 0.1 s each, in 2 s
+    assert {failure.cause for failure in failures if failure is not None} == {"PREDICTED_LATE"}
