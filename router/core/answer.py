@@ -30,14 +30,19 @@ class Arrival(StrEnum):
 class ChoiceAnswer:
     """One choice: its tokens, the deltas that brought them, serialized, and where each ends; and its own end."""
 
-    __slots__ = ("deltas", "finished", "num_bytes", "segment_ends", "tokens")
+    __slots__ = ("bytes_ends", "deltas", "finished", "segment_ends", "tokens")
 
     def __init__(self) -> None:
         self.tokens = array("I")
         self.segment_ends = array("I")
+        self.bytes_ends = array("Q")  # memory up to each segment's end, about
         self.deltas: list[bytes] = []
         self.finished: pb.ChoiceFinished | None = None
-        self.num_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, about."""
+        return self.bytes_ends[-1] if self.bytes_ends else 0
 
     def add(self, delta: pb.Delta) -> Arrival:
         """Takes a delta that follows what is here.
@@ -53,10 +58,11 @@ class ChoiceAnswer:
         if end == held and not delta.text:
             return Arrival.REPEATED
         data = delta.SerializeToString()
+        num_bytes = SEGMENT_BYTES + BYTES_PER_TOKEN * (end - held) + len(data)
+        self.bytes_ends.append(self.num_bytes + num_bytes)
         self.tokens.extend(token_ids)
         self.segment_ends.append(end)
         self.deltas.append(data)
-        self.num_bytes += SEGMENT_BYTES + BYTES_PER_TOKEN * (end - held) + len(data)
         return Arrival.NEW
 
     def finish(self, finished: pb.ChoiceFinished) -> bool:
@@ -70,10 +76,9 @@ class ChoiceAnswer:
         """Index of a segment's first token."""
         return self.segment_ends[segment - 1] if segment else 0
 
-    def segment_bytes(self, segment: int) -> int:
-        """Memory that a segment takes, about."""
-        num_tokens = self.segment_ends[segment] - self.segment_start(segment)
-        return SEGMENT_BYTES + BYTES_PER_TOKEN * num_tokens + len(self.deltas[segment])
+    def bytes_before(self, segment: int) -> int:
+        """Memory of the segments before one, about."""
+        return self.bytes_ends[segment - 1] if segment else 0
 
 
 class Answer:
@@ -87,8 +92,7 @@ class Answer:
     @property
     def num_bytes(self) -> int:
         """Memory held, about."""
-        choices = self.choices
-        return choices[0].num_bytes if len(choices) == 1 else sum(choice.num_bytes for choice in choices)
+        return sum(choice.num_bytes for choice in self.choices)
 
     @property
     def num_tokens(self) -> list[int]:
@@ -107,7 +111,7 @@ class Answer:
 class Reader:
     """How far one client has come with an answer, from `next_index` of every choice on."""
 
-    __slots__ = ("_answer", "_finish_read", "_next_segment", "_next_token", "_read_bytes", "_turn")
+    __slots__ = ("_answer", "_finish_read", "_next_segment", "_next_token", "_turn")
 
     def __init__(self, answer: Answer, next_index: int) -> None:
         num_choices = len(answer.choices)
@@ -115,13 +119,15 @@ class Reader:
         self._next_token = [next_index] * num_choices
         self._next_segment = [0] * num_choices
         self._finish_read = [False] * num_choices
-        self._read_bytes = 0
         self._turn = 0
 
     @property
     def lag_bytes(self) -> int:
         """How much of the answer is here that was not read."""
-        return self._answer.num_bytes - self._read_bytes
+        return sum(
+            choice.num_bytes - choice.bytes_before(segment)
+            for choice, segment in zip(self._answer.choices, self._next_segment, strict=True)
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -169,14 +175,13 @@ class Reader:
         if first_token != answer.segment_start(first):
             self._skip_known(choice, answer)
             first = self._next_segment[choice]
-        segment, num_bytes, num_segments = first, 0, len(answer.segment_ends)
-        while segment < num_segments and (segment == first or num_bytes < max_bytes):
-            num_bytes += answer.segment_bytes(segment)
-            segment += 1
-        if segment == first:
+        num_segments = len(answer.segment_ends)
+        if first == num_segments:
             return None
+        segment, limit = first + 1, answer.bytes_before(first) + max_bytes
+        while segment < num_segments and answer.bytes_ends[segment - 1] < limit:
+            segment += 1
         self._next_segment[choice], self._next_token[choice] = segment, answer.segment_ends[segment - 1]
-        self._read_bytes += num_bytes
         if segment == first + 1 and first_token == answer.segment_start(first):
             return answer.deltas[first]
         return _joined(answer.deltas[first:segment], first_token)
@@ -189,7 +194,6 @@ class Reader:
             if end > known or (start == end == known):
                 return
             self._next_segment[choice] += 1
-            self._read_bytes += answer.segment_bytes(segment)
 
 
 def _joined(deltas: list[bytes], first_token: int) -> bytes:
