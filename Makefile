@@ -40,8 +40,8 @@ down: $(STAMP)  ## stop what `make up` started
 
 test: model  ## lint and the tests that fit in about sixteen minutes on two cores
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m '(unit or integration) and not slow'
-	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow'
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m '(unit or integration) and not slow' tests/unit tests/integration tests/fuzz
+	@$(BIN)/python -m pytest -m '(e2e or chaos) and not slow' tests/e2e tests/chaos
 
 test-all: model  ## also the long ones
 	@$(BIN)/python -m pytest

@@ -21,6 +21,14 @@ prefill: {replicas: 1, kv_memory: 1GiB}
 decode: {replicas: 1, kv_memory: 2GiB}
 router: {grpc: "127.0.0.1:0", policy: least-loaded}  # every prompt is handed over, short ones too
 """
+LAYERS = {"unit", "integration", "e2e", "chaos"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of no layer would be run by nobody."""
+    homeless = [item.nodeid for item in items if not LAYERS & {mark.name for mark in item.iter_markers()}]
+    if homeless:
+        raise pytest.UsageError(f"no mark says to which layer it belongs: {homeless[0]}, of {len(homeless)}")
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ def test_spoiled_frames_never_land_never_crash_and_leave_nothing() -> None:
     assert wanted <= set(summary.causes), summary.text()
 
 
+@pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_million_spoiled_frames_never_land_never_crash_and_leave_nothing() -> None:

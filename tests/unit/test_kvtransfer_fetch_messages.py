@@ -25,6 +25,8 @@ from kvtransfer.fetch_messages import (
 from kvtransfer.frames import MAX_RAW_BYTES, FrameRecord, LeaseRef
 from kvtransfer.sources import MAX_FETCH_KEYS, FetchRequest
 
+pytestmark = pytest.mark.unit
+
 REQUEST = FetchRequest(
     lease=LeaseRef(b"the asker's own!", 3, (1 << 64) - 1, 5),
     keys=tuple(bytes([i]) * 16 for i in range(5)),

@@ -23,6 +23,8 @@ from kvtransfer.lease_types import LeaseState, Outcome, Ready, Refusal, Refused,
 from kvtransfer.ledger import FrameRefused
 from kvtransfer.sources import FetchRequest
 
+pytestmark = pytest.mark.unit
+
 LAYOUT = CacheLayout(
     (
         Plane("k", 4, Paged(1), 2, (Field("k", 8, "bfloat16"),)),

@@ -38,6 +38,7 @@ def test_whatever_happens_leases_and_memory_stay_right(decisions: bytes) -> None
     live_through(decisions)
 
 
+@pytest.mark.unit
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @settings(unhurried, max_examples=NUM_STORIES_LONG)
