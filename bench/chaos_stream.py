@@ -286,9 +286,9 @@ async def _ask_by_sdk(client: AsyncClient, prompt: Sequence[int], turn: Turn, ou
         outcome.end, outcome.cause = End.DEADLINE, "DEADLINE_EXCEEDED"
         return
     except HeadraceError as error:
-        is_out_of_time = (
-            error.retryable and outcome.deadline_s - time.monotonic() < 2 * SDK_RETRIES.max_delay_s
-        )
+        left_s = outcome.deadline_s - time.monotonic()
+        is_refused = error.cause == "PREDICTED_LATE" and outcome.expects_deadline  # at the door
+        is_out_of_time = error.retryable and (left_s < 2 * SDK_RETRIES.max_delay_s or is_refused)
         outcome.end = End.DEADLINE if is_out_of_time else End.FAILED
         outcome.cause = f"{error.cause}: {error.message}"
         return
