@@ -5,7 +5,8 @@ wait: whoever meets an empty line gets in, and what is served follows what is as
 follows the line that would be if nobody were refused: each time something is served, as many tokens are credited, by
 weight, to those who asked lately, as far as they asked. A tenant's balance is what it was credited less what it was
 served. Who is in debt is held back while somebody with a credit asks; nobody else is, and nothing is held back
-before a good part of all requests is refused: until then to serve whoever comes is worth more.
+before a good deal more is asked for than can be served: until then to serve whoever comes is worth more. What is
+refused would not tell that: who is held back is refused too.
 
 This is weighted max-min fairness with what was really served as its capacity: to whom less was offered than is due
 the rest goes. Balances sum to zero, fade, and are of the requests of one priority. Pure; `now` in seconds.
@@ -18,8 +19,10 @@ FADE_S = 20.0
 ASKED_LATELY_S = 3.0
 """How fast what was asked, and not served, is forgotten."""
 ASKING_S = 1.0
-MANY_REFUSED = 0.3
-NUM_REQUESTS = 64  # over which the part that is refused is averaged
+CONTENDED_LOAD, WATCHED_LOAD = 1.4, 1.2
+"""Of what can be served: from the one on shares matter, from the other on accounts are kept."""
+NUM_REQUESTS = 64  # over which the load is averaged
+MAX_GAP = 4.0  # between two requests, in mean service times: what is longer says no more
 NUM_ALLOWED = 0.5
 """Debt in requests of mean size: they come whole."""
 MAX_TENANTS = 1024
@@ -36,25 +39,50 @@ class _Account:
     answered: float = 0.0  # since others were credited for it
 
 
+class OfferedLoad:
+    """What was asked of late, to what can be served: the mean service time of requests to the mean gap between them."""
+
+    def __init__(self) -> None:
+        self._service_s = self._gap_s = 0.0
+        self._last_s = -math.inf
+
+    @property
+    def ratio(self) -> float:
+        """1 until something is known."""
+        return self._service_s / self._gap_s if self._gap_s else 1.0
+
+    def asked(self, num_tokens: int, now: float, tokens_per_s: float | None) -> None:
+        """A request has come; so many tokens can be served a second, where that is known."""
+        gap_s, self._last_s = now - self._last_s, now
+        if not tokens_per_s:
+            return
+        service_s = num_tokens / tokens_per_s
+        if gap_s > FADE_S or not self._gap_s:
+            self._service_s = self._gap_s = service_s
+            return
+        self._service_s += (service_s - self._service_s) / NUM_REQUESTS
+        self._gap_s += (min(gap_s, MAX_GAP * self._service_s) - self._gap_s) / NUM_REQUESTS
+
+
 class Shares:
     """One class of priority."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
-        self._refused_part = 0.0
+        self._load = OfferedLoad()
         self._mean_tokens = 0.0  # of a prompt
         self._prompt_tokens = self._answer_tokens = 0.0  # served of late
         self._now = 0.0
 
     @property
     def is_watching(self) -> bool:
-        """Whether enough is refused that it matters who gets in."""
-        return self._refused_part > MANY_REFUSED / 2
+        """Whether enough is asked for that it may soon matter who gets in."""
+        return self._load.ratio > WATCHED_LOAD
 
     def debt_tokens(self, tenant: str, now: float) -> float:
         """How far a tenant is beyond what it may be ahead while others, who are behind, ask; 0 where it may go on."""
         account = self._accounts.get(tenant)
-        if account is None or self._refused_part < MANY_REFUSED:
+        if account is None or self._load.ratio < CONTENDED_LOAD:
             return 0.0
         debt = -account.balance - NUM_ALLOWED * self._mean_tokens * self._price
         if debt <= 0 or not any(
@@ -63,8 +91,11 @@ class Shares:
             return 0.0
         return debt
 
-    def asked(self, tenant: str, weight: float, num_tokens: int, now: float) -> None:
-        """A request has come, whatever becomes of it."""
+    def asked(
+        self, tenant: str, weight: float, num_tokens: int, now: float, tokens_per_s: float | None
+    ) -> None:
+        """A request has come, whatever becomes of it. `tokens_per_s`: what can be served; None: not known."""
+        self._load.asked(num_tokens, now, tokens_per_s)
         change = num_tokens - self._mean_tokens
         self._mean_tokens = self._mean_tokens + change / NUM_REQUESTS if self._mean_tokens else num_tokens
         if not self.is_watching:
@@ -79,13 +110,8 @@ class Shares:
         account.weight, account.asked_at_s = weight, now
         account.asked += num_tokens * self._price
 
-    def refused(self) -> None:
-        """It was turned away."""
-        self._refused_part += (1.0 - self._refused_part) / NUM_REQUESTS
-
     def admitted(self, tenant: str, num_tokens: int) -> None:
         """It was let in, and its prompt will be served."""
-        self._refused_part -= self._refused_part / NUM_REQUESTS
         if not self.is_watching:
             self._accounts.clear()
             self._prompt_tokens = self._answer_tokens = 0.0

@@ -7,9 +7,9 @@ ahead (`queue.Ahead`) and from the rate at which waiting tokens were served late
 - all that waits drains at the rate that others leave by bringing new work: a tenant alone has all of it.
 
 The part of a prediction that comes from load is corrected by what was seen, averaged with exponential weights,
-and four mean deviations are added as in Jacobson, "Congestion avoidance and control" (SIGCOMM '88). That is for
-the service level, a promise about the slow requests too; a deadline is the caller's own risk and judged by
-what is likely.
+and mean deviations are added as in Jacobson, "Congestion avoidance and control" (SIGCOMM '88): three, which 99 of
+100 normally distributed errors are below. That is for the service level, a promise about the slow requests too; a
+deadline is the caller's own risk and judged by what is likely.
 
 Where there is no load nothing is refused for the service level, and nothing is refused that could not keep it
 on an idle cluster either: to come back later would help neither. Pure; times in seconds, no clock.
@@ -23,7 +23,7 @@ from router.core.queue import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, Ahead
 MIN_LEFT_PART = 0.05
 """Of the service rate, what is assumed to be left however much others bring."""
 LEARNING_RATE = 1 / 32
-NUM_DEVIATIONS = 4.0
+NUM_DEVIATIONS = 3.0
 SLO_PART = 0.9
 """Predictions are held against this part of the service level: to refuse a little sooner costs nothing while
 the line does not run empty, and leaves room for what no prediction sees."""

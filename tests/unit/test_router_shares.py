@@ -9,19 +9,22 @@ from router.core.shares import ASKING_S, FADE_S, MAX_TENANTS, Shares
 pytestmark = pytest.mark.unit
 
 
+SLOW = 1.0
+"""Tokens a second that can be served: far fewer than anybody here asks for."""
+
+
 def overloaded() -> Shares:
+    """With nobody's account, after long."""
     shares = Shares()
-    for _ in range(200):
-        shares.refused()
+    for number in range(300):
+        shares._load.asked(100, 0.001 * number - 1, SLOW)
     return shares
 
 
-def ask(shares, tenant, now, weight=1.0, tokens=100, admitted=True):
-    shares.asked(tenant, weight, tokens, now)
+def ask(shares, tenant, now, weight=1.0, tokens=100, admitted=True, tokens_per_s=SLOW):
+    shares.asked(tenant, weight, tokens, now, tokens_per_s)
     if admitted:
         shares.admitted(tenant, tokens)
-    else:
-        shares.refused()
 
 
 def test_who_is_served_more_than_its_weight_is_in_debt_while_the_other_asks():
@@ -34,12 +37,30 @@ def test_who_is_served_more_than_its_weight_is_in_debt_while_the_other_asks():
     assert shares.debt_tokens("heavy", 0.0) == 0
 
 
-def test_nobody_is_held_back_while_little_is_refused():
+@pytest.mark.parametrize(("load", "is_contended"), [(0.9, False), (1.15, False), (2.0, True)])
+def test_nobody_is_held_back_while_hardly_more_is_asked_than_can_be_served(load, is_contended):
+    """Whoever is refused."""
+    shares, now = Shares(), 0.0
+    for number in range(400):
+        now += 0.1 / load
+        ask(
+            shares,
+            "light" if number % 2 else "heavy",
+            now,
+            1.0 + 2.0 * (number % 2 == 0),
+            100,
+            number % 2,
+            1000,
+        )
+    assert shares.is_watching == is_contended
+    assert (shares.debt_tokens("light", now) > 0) == is_contended
+
+
+def test_how_much_is_asked_for_is_not_known_without_knowing_what_can_be_served():
     shares = Shares()
-    for number in range(100):
-        ask(shares, "light", 0.0, weight=1.0)
-        ask(shares, "heavy", 0.0, weight=3.0, admitted=number % 4 > 0)
-    assert shares.debt_tokens("light", 0.0) == 0 and not shares.is_watching
+    for number in range(400):
+        ask(shares, "light", 0.001 * number, tokens_per_s=None)
+    assert not shares.is_watching
 
 
 def test_nobody_is_held_back_for_one_who_has_left():
