@@ -71,7 +71,7 @@ def test_a_prediction_later_than_the_service_level_is_refused_with_its_numbers()
     shed = Shedder(2.0).judge(Forecast(0.5, 4.0), remaining_s=60)
     assert (shed.code, shed.cause, shed.retryable) == (Code.RESOURCE_EXHAUSTED, "PREDICTED_LATE", True)
     assert "2.00 s" in shed.message and "4.80 s" in shed.message
-    assert shed.retry_after_s == pytest.approx(3.1)
+    assert shed.retry_after_s == pytest.approx(3.0)
     assert Shedder(2.0).judge(Forecast(0.5, 0.5), remaining_s=60) is None
     assert Shedder(None).judge(Forecast(0.5, 4.0), remaining_s=60) is None
 
