@@ -3,9 +3,9 @@
 1P1D of SmolLM2 in int8, asked by three tenants of weights 1, 2 and 4, each of whom offers a third of all requests:
 prompts of 100 to 600 tokens, answers of 16, Poisson arrivals, nothing asked again. The service level is five times the
 median time to first token of the idle cluster, which a cluster without one measures first, with the rate at which it
-answers requests in a closed loop. Then, on a cluster with that service level: rising rates around that one, each for a
-while; the rate with the highest goodput is the capacity; the capacity; three times the capacity. Goodput counts the
-requests that ended within the load's own time, whose first token came within the service level.
+answers requests in a closed loop. Then, on a cluster with that service level: rising rates, each for a while, until
+goodput does not rise any more; the rate with the highest is the capacity; the capacity; three times the capacity.
+Goodput counts the requests that ended within the load's own time, whose first token came within the service level.
 
 Clients are one process, which shares the machine with the cluster; `client_lag_*` is how late it sent.
 """
@@ -34,8 +34,8 @@ WEIGHTS = {"small": 1.0, "middle": 2.0, "large": 4.0}
 SLO_TIMES_IDLE = 5.0
 OVERLOAD = 3.0
 SATURATING = 8
-STEPS = (0.6, 0.8, 1.0, 1.25, 1.5)
-"""Of the rate in a closed loop."""
+FIRST_STEP, STEP_GROWTH, MAX_STEPS = 0.6, 1.25, 10
+"""Of the rate in a closed loop; each next one is so much more."""
 SECONDS = 60.0
 SEED = 20
 
@@ -139,19 +139,15 @@ async def _under_load(
             found: list[Outcome] = await clients.offer(poisson(SEED + seed, rate, seconds, list(WEIGHTS)))
             return found
 
-        rising = {
-            step * idle.requests_per_s: await offered(
-                10 + number, step * idle.requests_per_s, durations.step_s
-            )
-            for number, step in enumerate(STEPS)
-        }
-        goodputs = {
-            rate: figures.goodput(outcomes, slo_s, durations.step_s) for rate, outcomes in rising.items()
-        }
+        goodputs: dict[float, float] = {}
+        while len(goodputs) < MAX_STEPS and not figures.is_saturated(list(goodputs.values())):
+            rate = FIRST_STEP * STEP_GROWTH ** len(goodputs) * idle.requests_per_s
+            outcomes = await offered(10 + len(goodputs), rate, durations.step_s)
+            goodputs[rate] = figures.goodput(outcomes, slo_s, durations.step_s)
         capacity = figures.best_rate(goodputs)
         at_capacity = await offered(30, capacity, durations.measured_s)
         beyond = await offered(31, OVERLOAD * capacity, durations.measured_s)
-    steps = {f"goodput_at_{step:g}": goodput for step, goodput in zip(STEPS, goodputs.values(), strict=True)}
+    steps = {f"goodput_at_{rate / idle.requests_per_s:.2f}": goodput for rate, goodput in goodputs.items()}
     return {
         "idle_ttft_p50_s": idle.ttft_s,
         "slo_s": slo_s,

@@ -9,6 +9,9 @@ from bench.overload_load import Outcome
 from bench.report import percentile
 from router.core.queue import ANSWER_TOKEN_PRICE
 
+WORTHWHILE = 0.05
+"""More goodput, in parts of it."""
+
 
 def good(outcomes: Iterable[Outcome], slo_s: float, seconds: float) -> list[Outcome]:
     """Those that came whole within `seconds` of the load's beginning, and their first token within the service
@@ -56,6 +59,12 @@ def share_errors(served: Mapping[str, float], weights: Mapping[str, float]) -> d
 def best_rate(goodputs: Mapping[float, float]) -> float:
     """The rate at which goodput was highest; the lower of two. Raises ValueError for none."""
     return max(sorted(goodputs), key=goodputs.__getitem__)
+
+
+def is_saturated(goodputs: Sequence[float]) -> bool:
+    """Whether the last two of rising rates brought hardly more than those before them."""
+    *before, last_but_one, last = [0.0, 0.0, *goodputs]
+    return len(goodputs) > 2 and max(last_but_one, last) < (1 + WORTHWHILE) * max(before)
 
 
 def causes(outcomes: Sequence[Outcome], at: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import overload_figures as figures
-from bench.overload import STEPS, WEIGHTS, Subject, compared, profile
+from bench.overload import WEIGHTS, Subject, compared, profile
 from bench.overload_load import (
     ERROR_DETAIL_KEY,
     LONGEST_PROMPT,
@@ -178,9 +178,20 @@ def test_the_profile_has_the_tenants_and_the_service_level() -> None:
     assert profile(Subject(), keys).profile.router.slo is None
 
 
-def test_rates_rise_around_the_one_of_the_closed_loop() -> None:
-    assert list(STEPS) == sorted(STEPS)
-    assert STEPS[0] < 1.0 < STEPS[-1]
+@pytest.mark.parametrize(
+    ("goodputs", "is_saturated"),
+    [
+        ([], False),
+        ([0.0, 0.0], False),
+        ([5.0, 5.1], False),
+        ([5.0, 5.1, 5.2], True),
+        ([5.0, 5.1, 6.0], False),
+        ([5.0, 6.0, 5.0], False),
+        ([5.0, 6.0, 5.0, 6.2], True),
+    ],
+)
+def test_rates_rise_until_two_of_them_bring_nothing(goodputs: list[float], is_saturated: bool) -> None:
+    assert figures.is_saturated(goodputs) == is_saturated
 
 
 def test_prompts_of_a_subject_differ_from_the_first_tokens_on() -> None:
