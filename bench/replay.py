@@ -1,8 +1,9 @@
 """Does placement find what is cached, on a trace of real conversations?
 
-A slice of the trace is asked of two 2P2D clusters of small caches, one placed by predicted cost and one in turn, part
-by part in alternation. A hit rate is the share of the prompts' tokens that nobody computed, beside what one worker with
-an infinite cache would have had of the same prompts in the same order.
+A slice of the trace is asked of two 2P2D clusters whose prefill workers have small caches, and whose decode workers
+have room for what they write, one placed by predicted cost and one in turn, part by part in alternation. A hit rate is
+the share of the prompts' tokens that nobody computed, beside what one worker with an infinite cache would have had of
+the same prompts in the same order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bench.replay_trace import Replay, infinite_hits, read_trace, scaled, slice_
 from bench.report import BenchReport, percentile
 from bench.side_by_side import apart
 from cluster.errors import ClusterError
-from cluster.profile import parse_profile
+from cluster.profile import LoadedProfile, parse_profile
 from headrace import AsyncClient
 from headrace.v1.cluster_pb2 import PrefixIndexStatus
 
@@ -32,7 +33,10 @@ SEED = 0
 LOAD = 0.65
 """Of what the cluster can compute where no prompt is computed twice."""
 CACHE_PART = 0.6
-"""Of all the blocks of the slice, what one worker has room for: two hold it, if they share it out; one does not."""
+"""Of all the blocks of the slice, what a prefill worker has room for: two hold it, if they share it out; one does
+not."""
+DECODE_PROMPTS = 4
+"""What a decode worker has room for: so many of the longest prompts with their answers."""
 KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 2
 """SmolLM2-135M's: 30 layers, keys and values of 3 heads of 64, in bfloat16."""
 LENGTH_FACTOR = 32
@@ -45,7 +49,7 @@ version: 1
 name: replay-{policy}
 model: {{path: smollm2-135m-instruct, precision: int8, max_context: 4608}}
 prefill: {{replicas: 2, chunk: 256, kv_memory: {memory}MiB}}
-decode: {{replicas: 2, chunk: 256, kv_memory: {memory}MiB, max_drafts: 0}}
+decode: {{replicas: 2, chunk: 256, kv_memory: {decode_memory}MiB, max_drafts: 0}}
 router: {{grpc: "127.0.0.1:0", policy: {policy}}}
 """
 
@@ -92,13 +96,7 @@ def run(console: Console, trace: str = "") -> BenchReport:
         raise ClusterError(f"the trace cannot be replayed: {error}") from error
     with ExitStack() as stack:
         clusters = {
-            policy: stack.enter_context(
-                apart(
-                    parse_profile(_PROFILE.format(policy=policy, memory=_memory_mib(replay)), "bench"),
-                    console,
-                )
-            )
-            for policy in POLICIES
+            policy: stack.enter_context(apart(_profile(policy, replay), console)) for policy in POLICIES
         }
         runs = {policy: _Run(cluster.describe()) for policy, cluster in clusters.items()}
         speed = asyncio.run(_replay(clusters, replay, runs, console))
@@ -137,10 +135,25 @@ async def _replay(
     return speed
 
 
+def _profile(policy: str, replay: Replay) -> LoadedProfile:
+    text = _PROFILE.format(
+        policy=policy,
+        memory=_memory_mib(replay),
+        decode_memory=_mib(DECODE_PROMPTS * _longest(replay)),
+    )
+    return parse_profile(text, "bench")
+
+
 def _memory_mib(replay: Replay) -> int:
-    """Of one worker's cache; at least two of the longest prompts with their answers."""
-    longest = max(len(request.prompt) + request.answer_tokens for request in replay.requests)
-    num_tokens = max(CACHE_PART * _lacking(replay), 2 * longest)
+    """Of one prefill worker's cache; at least two of the longest prompts with their answers."""
+    return _mib(max(CACHE_PART * _lacking(replay), 2 * _longest(replay)))
+
+
+def _longest(replay: Replay) -> int:
+    return max(len(request.prompt) + request.answer_tokens for request in replay.requests)
+
+
+def _mib(num_tokens: float) -> int:
     return int(num_tokens * KV_BYTES_PER_TOKEN / (1 << 20)) + 1
 
 
@@ -167,6 +180,7 @@ def _metrics(replay: Replay, runs: Mapping[str, _Run], speed: float) -> dict[str
         "length_factor": replay.factor,
         "time_factor": speed,
         "cache_mib": _memory_mib(replay),
+        "decode_cache_mib": _mib(DECODE_PROMPTS * _longest(replay)),
         "working_set_mib": _lacking(replay) * KV_BYTES_PER_TOKEN / (1 << 20),
     }
 
