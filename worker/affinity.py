@@ -2,17 +2,23 @@
 
 A thread inherits its creator's cores, so two moves at start are enough: `pin_process` moves every thread
 that exists to the service cores, and the engine's thread then moves itself (`pin_current_thread`) before
-it opens the model, so that torch's compute threads, its children, follow it.
+it opens the model, so that torch's compute threads, its children, follow it. Where there are not cores enough, the
+router and others share the engine's: then they go first (`give_way`), since they need little and somebody waits.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+GIVE_WAY_NICE = 5
+"""A third of the weight of a thread with the ordinary priority."""
 
 
 def pin_current_thread(cpus: Collection[int]) -> None:
@@ -21,6 +27,16 @@ def pin_current_thread(cpus: Collection[int]) -> None:
     Raises ValueError where the machine lets this process use none of them.
     """
     _pin(0, cpus)
+
+
+def give_way() -> None:
+    """Lower the priority of the calling thread, and of threads it starts later. On Linux; elsewhere a priority is a
+    whole process's, and stays."""
+    if sys.platform != "linux":
+        return
+    thread_id = threading.get_native_id()
+    before = os.getpriority(os.PRIO_PROCESS, thread_id)
+    os.setpriority(os.PRIO_PROCESS, thread_id, max(before, GIVE_WAY_NICE))
 
 
 def pin_process(cpus: Collection[int]) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from engine.engine import Engine
 from engine.events import StepResult
-from worker.affinity import pin_current_thread
+from worker.affinity import give_way, pin_current_thread
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             pin_current_thread(self._cpus)
+            give_way()
             engine = self._open_engine()
         except BaseException as error:  # noqa: BLE001 - start() raises it in the caller's thread
             self._ready.set_exception(error)

@@ -13,7 +13,7 @@ import pytest
 
 from engine.request import Drawn, FinishReason, Logprobs
 from headrace.v1 import inference_pb2, worker_pb2
-from worker.affinity import pin_current_thread
+from worker.affinity import GIVE_WAY_NICE, give_way, pin_current_thread
 from worker.config import WorkerConfig, WorkerRole
 from worker.idle_check import IdleCheck
 from worker.pacing import LandingPace
@@ -156,6 +156,29 @@ def test_no_cores_leave_a_thread_where_it_is() -> None:
     before = os.sched_getaffinity(0)
     pin_current_thread(())
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_thread_gives_way_with_its_children_and_no_other() -> None:
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def run() -> None:
+        give_way()
+        give_way()
+        look()
+        child = threading.Thread(target=look)
+        child.start()
+        child.join()
+
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [max(before, GIVE_WAY_NICE)] * 2
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 # --- the idle check ----------------------------------------------------------------------------
