@@ -194,7 +194,8 @@ class _Decision:
         cost_s = np.maximum(compute_s, transfer_s)  # the transfer runs beside the computation
         cost_s += fixed_s
         itl_s, step_s = self.itl_s.item(decoder), self.step_s.item(decoder)
-        idle_ttft_s = cost_s.item(cost_s.argmin()) + step_s
+        idle_row = int(cost_s.argmin())
+        idle_ttft_s = cost_s.item(idle_row) * table.workers[idle_row].idle_part + step_s
         cost_s += queue_s
         cost_s += itl_s + step_s
         ballot = Ballot(table, may_prefill, cost_s, self.query.tickets[2:])
@@ -249,7 +250,8 @@ class _Decision:
             worker.facts.ref.worker_id, False, cost_s, own_s, compute_s, 0.0, step_s, cached_tokens,
             worker.tokens_ahead, worker.credits, "prefill on the decode worker itself",
         )  # fmt: skip
-        return _Option(decoder, None, cost_s, ttft_s, compute_s + step_s, cached_tokens, row)
+        idle_ttft_s = compute_s * worker.idle_part + step_s
+        return _Option(decoder, None, cost_s, ttft_s, idle_ttft_s, cached_tokens, row)
 
     # --- the choice --------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 MAX_STEP_S = 60.0
 MAX_S_PER_TOKEN = 60.0
 MAX_LINK_FIXED_S = 60.0
+FORGETTING = 1.001
+"""By which the quickest pace seen slows down with each report: to half of it in some minutes."""
 MIN_LINK_BYTES_PER_S = 1.0
 MAX_LINK_BYTES_PER_S = 1e13
 MAX_QUEUED_TOKENS = 1 << 40
@@ -134,9 +136,16 @@ class Worker:
     empty_step_s: float = 0.0
     """A decode step with hardly a sequence in it, worked back from the measured one (`costs`)."""
     prefill_s_per_token: float = 0.0
+    quickest_s_per_token: float = 0.0
+    """Of late: what it takes when others leave it its cores."""
     link_s_per_byte: float = 0.0
     """The mean of its measured links, for those that are not."""
     link_fixed_s: float = 0.0
+
+    @property
+    def idle_part(self) -> float:
+        """Of the time that it takes for a prompt now, what it would take on an idle machine."""
+        return self.quickest_s_per_token / self.prefill_s_per_token if self.prefill_s_per_token else 1.0
 
     @property
     def credits(self) -> int:
@@ -186,6 +195,8 @@ class Worker:
             self.empty_step_s = step_s / (1.0 + share)
         if 0 < prefill_s_per_token <= MAX_S_PER_TOKEN:
             self.prefill_s_per_token = prefill_s_per_token
+            remembered = FORGETTING * self.quickest_s_per_token or prefill_s_per_token
+            self.quickest_s_per_token = min(remembered, prefill_s_per_token)
 
     def links_measured(self, links: Mapping[str, LinkSpeed]) -> None:
         """Takes the mean of a report's links; without any possible one, what was known before stays."""

@@ -11,8 +11,8 @@ and mean deviations are added as in Jacobson, "Congestion avoidance and control"
 100 normally distributed errors are below. That is for the service level, a promise about the slow requests too; a
 deadline is the caller's own risk and judged by what is likely.
 
-Where there is no load nothing is refused for the service level, and nothing is refused that could not keep it
-on an idle cluster either: to come back later would help neither. Pure; times in seconds, no clock.
+Where there is no load nothing is refused for the service level: to come back later would not help. What could not keep
+it on an idle cluster either may wait as long as it allows, behind others. Pure; times in seconds, no clock.
 """
 
 from dataclasses import dataclass
@@ -176,9 +176,11 @@ class Shedder:
         if likely_s > remaining_s:
             return _late(likely_s, remaining_s, f"the deadline is in {remaining_s:.2f} s")
         slow_s = forecast.idle_s + correction.slow_s(forecast.load_s)
-        if self._slo_s is None or forecast.idle_s > self._slo_s or not forecast.load_s:
+        if self._slo_s is None or not forecast.load_s:
             return None
         limit_s = max(SLO_PART * self._slo_s, forecast.idle_s)
+        if forecast.idle_s > self._slo_s:
+            limit_s += SLO_PART * self._slo_s
         if slow_s > limit_s:
             return _late(slow_s, limit_s, f"the service level is {self._slo_s:.2f} s")
         return None

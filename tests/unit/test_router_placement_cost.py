@@ -421,6 +421,18 @@ def test_what_the_decode_worker_has_ahead_is_not_in_it_either():
     assert decision.predicted_ttft_s - decision.idle_ttft_s == pytest.approx(300 * S_PER_TOKEN)
 
 
+def test_an_idle_worker_is_as_quick_as_it_was_when_others_left_it_its_cores():
+    fleet = Fleet("d")
+    fleet.report("d")
+    fleet.report("d", s_per_token=3 * S_PER_TOKEN)
+    decision = fleet.decide(1000)
+    assert decision.predicted_ttft_s - decision.idle_ttft_s == pytest.approx(2000 * S_PER_TOKEN, rel=0.01)
+    for _ in range(2000):  # it is so slow for good
+        fleet.report("d", s_per_token=3 * S_PER_TOKEN)
+    decision = fleet.decide(1000)
+    assert decision.predicted_ttft_s == pytest.approx(decision.idle_ttft_s)
+
+
 def test_a_prediction_looks_behind_workers_that_are_taken():
     fleet = Fleet("p d", window=NO_WINDOW, local_prefill=False)
     predicted = [fleet.state.predict_ttft_s(demand(1000), 0.0)]

@@ -94,10 +94,21 @@ def test_what_an_idle_cluster_could_not_do_in_time_is_not_called_contention():
 def test_the_service_level_refuses_nothing_that_an_idle_cluster_would_serve_no_better(idle_s, load_s, slo_s):
     shedder = Shedder(slo_s)
     shed = shedder.judge(Forecast(idle_s, load_s), remaining_s=1e9)
-    if load_s == 0 or idle_s > slo_s:
+    if load_s == 0:
         assert shed is None
     if shed is not None:
         assert idle_s + MAX_CORRECTION * load_s > 0.9 * slo_s
+
+
+@given(st.floats(1.01, 100), st.floats(0.1, 100))
+@settings(deadline=None)
+def test_what_breaks_the_service_level_by_itself_may_wait_as_long_as_that_allows(times, slo_s):
+    shedder = Shedder(slo_s)
+    assert (
+        shedder.judge(Forecast(times * slo_s, 0.9 * slo_s / MAX_CORRECTION / 1.01), remaining_s=1e9) is None
+    )
+    shed = shedder.judge(Forecast(times * slo_s, 2 * slo_s), remaining_s=1e9)
+    assert shed is not None and shed.code is Code.RESOURCE_EXHAUSTED
 
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 2.0, 3.0])
