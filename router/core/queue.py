@@ -122,7 +122,7 @@ class TokenQueue(Generic[K]):
     @property
     def service_rate(self) -> float | None:
         """Prompt tokens per second that left the queue while requests waited; None while that is unknown."""
-        return self._rate.per_s
+        return self._rate.per_s(self._now)
 
     @property
     def num_active_tenants(self) -> int:

@@ -5,6 +5,9 @@ import math
 ARRIVAL_WINDOW_S = 3.0
 MIN_ARRIVAL_AGE_S = 0.5
 SERVICE_WINDOW_S = 5.0
+STALE_S = 5.0
+"""Without anybody waiting: how fast the cluster is when somebody does may have changed since, and if it serves all that
+is asked, what was seen before is no bound."""
 MIN_SERVICE_SAMPLES = 4
 
 
@@ -56,6 +59,7 @@ class ServiceRate:
         self._last_order = -1
         self._last_tokens = 0
         self._last_s = 0.0
+        self._sampled_s = 0.0
         self._somebody_waits = False
 
     def took(self, order: int, num_tokens: int, now: float) -> None:
@@ -68,6 +72,7 @@ class ServiceRate:
             self._tokens = self._tokens * left + self._last_tokens * weight
             self._busy_s = self._busy_s * left + busy_s * weight
             self._num_samples += 1
+            self._sampled_s = now
         self._last_order, self._last_tokens, self._last_s = order, num_tokens, now
         self._somebody_waits = True
 
@@ -82,9 +87,10 @@ class ServiceRate:
         else:
             self._tokens = max(0.0, self._tokens - num_tokens)
 
-    @property
-    def per_s(self) -> float | None:
-        """Tokens per second; None while too little was seen."""
+    def per_s(self, now: float) -> float | None:
+        """Tokens per second; None while too little was seen of late."""
+        if not self._somebody_waits and now - self._sampled_s > STALE_S:
+            return None
         if self._num_samples < MIN_SERVICE_SAMPLES or not self._busy_s or not self._tokens:
             return None
         return self._tokens / self._busy_s

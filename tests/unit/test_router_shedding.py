@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from router.core.failures import Code
 from router.core.queue import Ahead, TokenQueue
-from router.core.rates import ArrivalRate, ServiceRate
+from router.core.rates import STALE_S, ArrivalRate, ServiceRate
 from router.core.shedding import MAX_CORRECTION, Forecast, Shedder, wait_s
 
 pytestmark = pytest.mark.unit
@@ -158,7 +158,7 @@ def test_the_service_rate_of_several_servers_is_that_of_all():
     rate = ServiceRate()
     for number in range(200):  # four at a time, each for a second
         rate.took(number, 25, max(0, number - 3) / 4)
-    assert rate.per_s == pytest.approx(100, rel=1e-3)
+    assert rate.per_s(50.0) == pytest.approx(100, rel=1e-3)
 
 
 def test_the_service_rate_follows_a_change():
@@ -167,7 +167,17 @@ def test_the_service_rate_follows_a_change():
         rate.took(number, 10, number * 0.1)
     for number in range(100):
         rate.took(number, 10, 10 + number * 0.4)
-    assert rate.per_s == pytest.approx(25, rel=0.05)
+    assert rate.per_s(50.0) == pytest.approx(25, rel=0.05)
+
+
+def test_a_service_rate_is_no_bound_any_more_once_nobody_has_waited_for_a_while():
+    rate = ServiceRate()
+    for number in range(100):
+        rate.took(number, 10, number * 0.1)
+    assert rate.per_s(60.0) == pytest.approx(100, rel=0.05)  # somebody waits all the while
+    rate.emptied()
+    assert rate.per_s(10.0 + 0.9 * STALE_S) is not None
+    assert rate.per_s(10.0 + 1.1 * STALE_S) is None
 
 
 def test_a_service_level_must_be_a_time():
