@@ -216,13 +216,17 @@ class PlacementState(Generic[K]):
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """What the prefill workers that may get requests compute together, as they report; None while nobody has."""
-        rate = 0.0
-        for group in self._groups.values():
-            if len(group.prefillers):
-                figures = group.figures(self._rules.model.ttft_per_itl)
-                rate += float((1.0 / figures.prefill_s_per_token).sum()) if figures.is_measured else 0.0
-        return rate or None
+        """What the workers that may prefill now compute together, as they report; None while nobody has."""
+        return sum(self._prefill_tokens_per_s(group) for group in self._groups.values()) or None
+
+    def _prefill_tokens_per_s(self, group: Group) -> float:
+        figures = group.figures(self._rules.model.ttft_per_itl)
+        if not figures.is_measured:
+            return 0.0
+        rate = float((1.0 / figures.prefill_s_per_token).sum())
+        if self._rules.local_prefill:
+            rate += float((1.0 / figures.decode_s_per_token)[group.decoders.is_both == 0].sum())
+        return rate
 
     def unpaired_reason(self, worker: Worker) -> str:
         """Why no other worker may be paired with this one; empty if one may, or it does both by role.
