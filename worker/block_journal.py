@@ -94,7 +94,7 @@ class BlockStream:
     @property
     def has_more(self) -> bool:
         """Whether another message should follow at once, as far as the stream's turn allows."""
-        return bool(self._pages or self._collected)
+        return bool(self._pages or self._collected or self._snapshot_due)
 
     def restart(self) -> None:
         """Tell everything anew: the router lost track. Pages of a snapshot under way are finished before."""

@@ -189,6 +189,20 @@ def test_what_a_snapshot_lacks_goes_when_it_is_whole() -> None:
     assert feed.index.keys_of(worker.slot) == {key(number) for number in (1, 2, 3, 7)}
 
 
+def test_a_snapshot_that_is_asked_for_while_another_is_told_follows_it_at_once() -> None:
+    """What came and went meanwhile is in the next one alone."""
+    feed = IndexFeed()
+    worker = Worker(feed, max_keys_per_message=3)
+    worker.add(*range(4))
+    worker.tell()
+    worker.evict(0)
+    worker.stream.restart()
+    while worker.stream.has_more:
+        worker.tell()
+    assert worker.state is FeedState.EXACT
+    assert feed.index.keys_of(worker.slot) == {key(number) for number in (1, 2, 3)}
+
+
 @pytest.mark.parametrize("is_snapshot", [True, False])
 def test_a_message_that_cannot_be_read_is_refused_and_shows_as_a_gap(is_snapshot: bool) -> None:
     feed = IndexFeed()
