@@ -64,7 +64,7 @@ class Placer:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """What the prefill workers compute together; None while that is unknown."""
+        """What the workers that may prefill compute together; None while that is unknown."""
         return self._placement.prefill_tokens_per_s
 
     def dispatched(self, request: Request, placement: Placement) -> None:

@@ -68,6 +68,10 @@ class Figures:
     """[2, rows]: a prefill worker's mean seconds a byte, and fixed seconds, for links that were not measured."""
     is_measured: bool
     """Whether steps and prefill both rest on a measurement of some worker."""
+    prefill_tokens_per_s: float
+    """Of all prefill workers together; 0 where nothing is measured."""
+    decode_tokens_per_s: float
+    """The same of workers that only decode, were they to prefill."""
 
     @property
     def link_s_per_byte(self) -> Floats:
@@ -92,16 +96,22 @@ def figures_of(decoders: WorkerTable, prefillers: WorkerTable, ttft_per_itl: flo
         mean_fixed_s = float(fixed_s[is_linked].mean()) if num_linked else DEFAULT_LINK_FIXED_S
         links[:, ~is_linked] = [[mean_s_per_byte], [mean_fixed_s]]
     kv_bytes = _filled(decoders.kv_bytes_per_token, DEFAULT_KV_BYTES_PER_TOKEN)
+    decode_s_per_token = _filled(decoders.s_per_token, DEFAULT_S_PER_TOKEN, prefillers.s_per_token)
+    prefill_s_per_token = _filled(prefillers.s_per_token, DEFAULT_S_PER_TOKEN, decoders.s_per_token)
+    is_measured = _is_known(decoders.empty_step_s) and (
+        _is_known(decoders.s_per_token) or _is_known(prefillers.s_per_token)
+    )
     return Figures(
         decode_step_s=step_s,
         decode_weighted_step_s=step_s * ttft_per_itl,
-        decode_s_per_token=_filled(decoders.s_per_token, DEFAULT_S_PER_TOKEN, prefillers.s_per_token),
+        decode_s_per_token=decode_s_per_token,
         decode_kv_bytes=kv_bytes,
         decode_carried_s=kv_bytes * mean_s_per_byte,
-        prefill_s_per_token=_filled(prefillers.s_per_token, DEFAULT_S_PER_TOKEN, decoders.s_per_token),
+        prefill_s_per_token=prefill_s_per_token,
         links=links,
-        is_measured=_is_known(decoders.empty_step_s)
-        and (_is_known(decoders.s_per_token) or _is_known(prefillers.s_per_token)),
+        is_measured=is_measured,
+        prefill_tokens_per_s=_together(prefill_s_per_token) if is_measured else 0.0,
+        decode_tokens_per_s=_together(decode_s_per_token[decoders.is_both == 0]) if is_measured else 0.0,
     )
 
 
@@ -144,6 +154,11 @@ class CostModel:
     def harm_s(self, compute_s: Number, step_s: Number, num_sequences: Number) -> Number:
         """What the answers on a worker suffer from a prompt that is computed beside them."""
         return (num_sequences + 1.0) * compute_s * (step_s + compute_s) / self.slo_itl_s
+
+
+def _together(s_per_token: Floats) -> float:
+    """Tokens a second of workers side by side."""
+    return float((1.0 / s_per_token).sum())
 
 
 def _mean(column: Floats) -> float:

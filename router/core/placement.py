@@ -217,16 +217,13 @@ class PlacementState(Generic[K]):
     @property
     def prefill_tokens_per_s(self) -> float | None:
         """What the workers that may prefill now compute together, as they report; None while nobody has."""
-        return sum(self._prefill_tokens_per_s(group) for group in self._groups.values()) or None
-
-    def _prefill_tokens_per_s(self, group: Group) -> float:
-        figures = group.figures(self._rules.model.ttft_per_itl)
-        if not figures.is_measured:
-            return 0.0
-        rate = float((1.0 / figures.prefill_s_per_token).sum())
-        if self._rules.local_prefill:
-            rate += float((1.0 / figures.decode_s_per_token)[group.decoders.is_both == 0].sum())
-        return rate
+        rate = 0.0
+        for group in self._groups.values():
+            figures = group.figures(self._rules.model.ttft_per_itl)
+            rate += figures.prefill_tokens_per_s
+            if self._rules.local_prefill:
+                rate += figures.decode_tokens_per_s
+        return rate or None
 
     def unpaired_reason(self, worker: Worker) -> str:
         """Why no other worker may be paired with this one; empty if one may, or it does both by role.
@@ -355,7 +352,7 @@ class PlacementState(Generic[K]):
         self._num_placed += 1
         decode.last_placed = prefill.last_placed = self._num_placed
         self._tickets = self._draw()
-        self._write(charge)
+        self._charged(charge)
 
     def granted(self, key: K) -> None:
         """The decode worker granted the lease: its next report has the blocks in it."""
@@ -372,7 +369,7 @@ class PlacementState(Generic[K]):
         charge = self._charges.get(key)
         if charge is not None and charge.prefill_held:
             self._return_prefill(charge)
-            self._write(charge)
+            self._charged(charge)
 
     def release(self, key: K) -> None:
         """The request ended: all that it still holds is returned. Repeats change nothing."""
@@ -382,7 +379,7 @@ class PlacementState(Generic[K]):
         self._return_blocks(charge)
         self._return_prefill(charge)
         charge.decode.charged_sequences -= charge.num_sequences
-        self._write(charge)
+        self._charged(charge)
 
     def _wait(self, demand: Demand, causes: set[WaitCause]) -> Wait:
         for cause in (WaitCause.PREFILL_BUSY, WaitCause.NO_CREDIT, WaitCause.OUT_OF_TOUCH):
@@ -409,7 +406,7 @@ class PlacementState(Generic[K]):
             charge.prefill.prefill_prompts -= 1
             charge.prefill.prefill_tokens -= charge.prompt_tokens
 
-    def _write(self, charge: _Charge) -> None:
+    def _charged(self, charge: _Charge) -> None:
         workers = (charge.decode,) if charge.decode is charge.prefill else (charge.decode, charge.prefill)
         for worker in workers:
             if self._by_slot.get(worker.slot) is worker:
