@@ -1,9 +1,10 @@
 """Long answers of a real cluster, and its decode workers: what tests that kill something ask for and look at."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace import AsyncClient, Client
+from headrace import AsyncAnswer, AsyncClient, Client
 from headrace.v1.cluster_pb2 import StatusResponse, WorkerStatus
 
 ANSWER_TOKENS = 450
@@ -16,16 +17,21 @@ class LongAnswer:
     attempts: int
 
 
-async def ask(client: AsyncClient, number: int, begun: asyncio.Semaphore, begun_at: int = 1) -> LongAnswer:
-    """A long answer; every second one is seeded. `begun` is released once `begun_at` of its tokens are here."""
-    answer = client.generate(
-        [5 + number, 6, 7],
-        max_tokens=ANSWER_TOKENS,
+def begin(client: AsyncClient, number: int, prompt: Sequence[int], max_tokens: int) -> AsyncAnswer:
+    """Of so many tokens; every second one is seeded."""
+    return client.generate(
+        prompt,
+        max_tokens=max_tokens,
         ignore_eos=True,
         temperature=0.8 if number % 2 else 0.0,
         seed=number,
         timeout_s=120,
     )
+
+
+async def ask(client: AsyncClient, number: int, begun: asyncio.Semaphore, begun_at: int = 1) -> LongAnswer:
+    """A long answer. `begun` is released once `begun_at` of its tokens are here."""
+    answer = begin(client, number, [5 + number, 6, 7], ANSWER_TOKENS)
     token_ids: list[int] = []
     async for delta in answer.deltas():
         if len(token_ids) < begun_at <= len(token_ids) + len(delta.token_ids):

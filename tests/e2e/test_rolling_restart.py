@@ -9,6 +9,7 @@ import pytest
 
 from headrace import AsyncClient, Client, RetryPolicy
 from tests.e2e.conftest import Home
+from tests.e2e.long_answers import begin
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -33,15 +34,8 @@ def running(home: Home) -> Home:
 
 
 async def ask(client: AsyncClient, number: int) -> list[int]:
-    """The tokens of an answer; every second one is seeded."""
-    answer = client.generate(
-        [5 + number, *range(10, 150)],
-        max_tokens=ANSWER_TOKENS,
-        ignore_eos=True,
-        temperature=0.8 if number % 2 else 0.0,
-        seed=number,
-        timeout_s=120,
-    )
+    """The tokens of an answer."""
+    answer = begin(client, number, [5 + number, *range(10, 150)], ANSWER_TOKENS)
     token_ids: list[int] = []
     async for delta in answer.deltas():
         assert delta.first_index == len(token_ids), "a token was lost or came twice"

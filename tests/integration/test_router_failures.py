@@ -382,7 +382,7 @@ async def test_the_deadline_of_the_call_counts_too(router: Harness):
     worker = await router.worker("b", worker_pb2.ROLE_BOTH)
     router.generate(request_id="one", timeout=0.4, timeout_s=100)
     # Clients round the time they give a call up, to the next step of `grpc-timeout`.
-    assert (await worker.expect("reserve")).remaining_s < 1
+    assert (await worker.expect("reserve")).remaining_s <= 0.41
     assert (await worker.expect("cancel")).cause in ("DEADLINE_EXCEEDED", "CLIENT_DISCONNECTED")
 
 
