@@ -45,13 +45,13 @@ class Sizes:
     """How long and how often."""
 
     repeats: int = 3
-    warm_up_s: float = 1.0
+    warm_up_s: float = 3.0  # in which 128 streams begin: a request costs as much as a hundred tokens
     window_s: float = 6.0
     num_prompts: int = 2000
     num_blocks: int = router_placement.NUM_BLOCKS
 
 
-QUICK = Sizes(repeats=1, warm_up_s=0.5, window_s=2.0, num_prompts=300)
+QUICK = Sizes(repeats=1, warm_up_s=2.0, window_s=2.0, num_prompts=300)
 
 
 def run(console: Console, quick: str = "") -> RouterReport:
