@@ -79,9 +79,10 @@ class Placer:
 
     def sources(self, request: Request) -> list[worker_pb2.CacheSource]:
         """Workers that have more of the prompt cached than its own two, the one with most first: who prefills may fetch
-        from them. Those that take no requests any more may have it too."""
+        from them. Those that take no requests any more may have it too. Nobody where the policy knows nothing of
+        caches."""
         placement, now = request.placement, self._clock()
-        if placement is None:
+        if placement is None or not self._placement.names_sources:
             return []
         known = max(placement.cached_decode_tokens, placement.cached_prefill_tokens)
         more = [(mask, tokens) for mask, tokens in self._cached(request, now) if tokens > known]

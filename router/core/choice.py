@@ -198,6 +198,9 @@ class _Decision:
         idle_ttft_s = cost_s.item(idle_row) * table.workers[idle_row].idle_part + step_s
         cost_s += queue_s
         cost_s += itl_s + step_s
+        harm_s = self._harm_of_prefill_s(compute_s) if table.num_both else None
+        if harm_s is not None:
+            cost_s += harm_s
         ballot = Ballot(table, may_prefill, cost_s, self.query.tickets[2:])
         won = best_of(ballot, self.rules.policy.prefill_keys)
         if won is None:
@@ -207,7 +210,7 @@ class _Decision:
             decoder=decoder,
             prefill=table.workers[won.row],
             cost_s=cost_s.item(won.row),
-            ttft_s=cost_s.item(won.row) - itl_s,
+            ttft_s=cost_s.item(won.row) - itl_s - (0.0 if harm_s is None else harm_s.item(won.row)),
             idle_ttft_s=idle_ttft_s,
             cached_tokens=int(cached.item(won.row)),
             prefillers=Shortlist(
@@ -218,6 +221,15 @@ class _Decision:
                 self._why_not_prefill,
             ),
         )
+
+    def _harm_of_prefill_s(self, compute_s: Floats) -> Floats:
+        """To the answers of prefill workers that decode too."""
+        table = self.prefillers
+        gap_s = np.minimum(self.prefill_lacking, table.chunk_tokens) * self.figures.prefill_s_per_token
+        gap_s += table.growth * table.empty_step_s
+        harm_s = self.rules.model.harm_s(compute_s, gap_s, table.num_sequences)
+        harm_s *= table.is_both
+        return harm_s
 
     def _links_into(self, decoder: int) -> tuple[Floats, Floats]:
         table, figures = self.prefillers, self.figures
@@ -241,9 +253,11 @@ class _Decision:
         worker = self.decoders.workers[decoder]
         lacking = self.decode_lacking.item(decoder)
         step_s, own_s = self.step_s.item(decoder), self.own_s.item(decoder)
-        compute_s = lacking * self.figures.decode_s_per_token.item(decoder)
+        s_per_token = self.figures.decode_s_per_token.item(decoder)
+        compute_s = lacking * s_per_token
         ttft_s = own_s + compute_s + step_s
-        harm_s = self.rules.model.harm_s(compute_s, step_s, float(worker.num_sequences))
+        gap_s = step_s + s_per_token * min(lacking, self.decoders.chunk_tokens.item(decoder))
+        harm_s = self.rules.model.harm_s(compute_s, gap_s, float(worker.num_sequences))
         cost_s = ttft_s + self.itl_s.item(decoder) + harm_s
         cached_tokens = int(self.num_tokens - lacking)
         row = (
@@ -284,7 +298,9 @@ class _Decision:
             may &= table.is_both > 0
         compute_s = self.decode_lacking * figures.decode_s_per_token
         cost_s = self.itl_s + self.own_s + compute_s + self.step_s
-        cost_s += self.rules.model.harm_s(compute_s, self.step_s, table.num_sequences)
+        gap_s = np.minimum(self.decode_lacking, table.chunk_tokens) * figures.decode_s_per_token
+        gap_s += self.step_s
+        cost_s += self.rules.model.harm_s(compute_s, gap_s, table.num_sequences)
         won = best_of(Ballot(table, may, cost_s, self.query.tickets[:2]), policy.decode_keys)
         if won is None:
             return WaitCause.PREFILL_BUSY if self.alone else prefill_cause

@@ -18,17 +18,21 @@ A prefill worker P that pushes to D:
     compute  = tokens not cached on P x seconds a token
     transfer = tokens that D lacks x bytes a token x seconds a byte from P to D
     ttft     = queue + max(compute, transfer) + the link's fixed time + D's step
-    cost     = ttft + itl
+    cost     = ttft + itl + harm                           harm: where P decodes too, else 0
 
 The transfer runs beside the computation; only what it takes longer is waited for. The prompt prefilled on D itself:
 
     ttft     = own + compute + step
-    harm     = (n + 1) x compute x (step + compute) / slo_itl
     cost     = ttft + itl + harm
 
-Each running answer waits for the prompt's chunks; a second of that weighs as much as the gap it makes is long, in ITL
-objectives. So a short prompt does next to no harm, and a long one goes to a prefill worker unless that is slow or
-far. The one more stands for the answers that come while it computes: an idle D is no place for a long prompt either.
+On a worker that decodes, each running answer waits for the prompt's chunks:
+
+    gap      = step + a chunk's tokens x seconds a token   of the prompt, where that is shorter
+    harm     = (n + 1) x compute x gap / slo_itl
+
+A second of that weighs as much as the gap it makes is long, in ITL objectives. So a short prompt does next to no harm,
+and a long one goes to a worker that does nothing else, unless that is slow, far or busy. The one more stands for the
+answers that come while it computes.
 
 What was not measured is the mean of the workers of the same identity that do the same work, then of all of that
 identity, then a constant, which makes equal workers differ by their load alone.
@@ -151,9 +155,10 @@ class CostModel:
         itl_s *= figures.decode_weighted_step_s
         return growth * figures.decode_step_s, itl_s
 
-    def harm_s(self, compute_s: Number, step_s: Number, num_sequences: Number) -> Number:
-        """What the answers on a worker suffer from a prompt that is computed beside them."""
-        return (num_sequences + 1.0) * compute_s * (step_s + compute_s) / self.slo_itl_s
+    def harm_s(self, compute_s: Number, gap_s: Number, num_sequences: Number) -> Number:
+        """What the answers on a worker suffer from a prompt that is computed beside them; `gap_s`: between two tokens
+        meanwhile."""
+        return (num_sequences + 1.0) * compute_s * gap_s / self.slo_itl_s
 
 
 def _together(s_per_token: Floats) -> float:

@@ -98,6 +98,11 @@ class PlacementState(Generic[K]):
     def workers(self) -> Iterable[Worker]:
         return self._workers.values()
 
+    @property
+    def names_sources(self) -> bool:
+        """Whether the policy has workers told where else a prompt's beginning is cached."""
+        return self._rules.policy.names_sources
+
     def worker(self, ref: WorkerRef) -> Worker | None:
         """The worker of this very incarnation."""
         worker = self._workers.get(ref.worker_id)

@@ -34,6 +34,10 @@ class Policy(Protocol):
     def heeds_costs(self) -> bool:
         """Whether costs decide. If not, pure decode workers prefill for want of prefill workers only."""
 
+    @property
+    def names_sources(self) -> bool:
+        """Whether who prefills is told which other workers have more of the prompt cached, to fetch it from them."""
+
     def decode_keys(self, ballot: Ballot) -> Keys: ...
 
     def prefill_keys(self, ballot: Ballot) -> Keys: ...
@@ -46,6 +50,7 @@ class Cost:
     """The least predicted cost. Ties go to the one chosen longest ago, under the other policies too."""
 
     heeds_costs = True
+    names_sources = True
 
     def decode_keys(self, ballot: Ballot) -> Keys:
         return ballot.cost_s, ballot.table.last_placed
@@ -62,6 +67,7 @@ class LeastLoaded:
     worker with the fewest prompt tokens ahead, then one that does nothing else."""
 
     heeds_costs = False
+    names_sources = True
 
     def decode_keys(self, ballot: Ballot) -> Keys:
         table = ballot.table
@@ -80,9 +86,11 @@ class LeastLoaded:
 
 
 class RoundRobin:
-    """One after the other, as long as they can take requests."""
+    """One after the other, as long as they can take requests, and nothing known of their caches: what a router does
+    that looks at nothing, to compare with."""
 
     heeds_costs = False
+    names_sources = False
 
     def decode_keys(self, ballot: Ballot) -> Keys:
         return (ballot.table.last_placed,)
@@ -100,6 +108,7 @@ class PowerOfTwo:
     to the same worker."""
 
     heeds_costs = False
+    names_sources = True
 
     def decode_keys(self, ballot: Ballot) -> Keys:
         table = ballot.table

@@ -35,8 +35,9 @@ def ref(name):
 class Fleet:
     """Prefill workers named p…, decode workers d…, workers that do both b…; all measured alike unless told."""
 
-    def __init__(self, names, policy="cost", window=WIDE_WINDOW, measured=True, **options):
+    def __init__(self, names, policy="cost", window=WIDE_WINDOW, measured=True, chunk_tokens=0, **options):
         self.state = PlacementState(POLICIES[policy], window, **options)
+        self.chunk_tokens = chunk_tokens
         self.num_keys = 0
         for name in names.split():
             self.join(name)
@@ -55,6 +56,7 @@ class Fleet:
             max_context=32_768,
             kv_address=f"{name}:1",
             kv_bytes_per_token=20_000,
+            chunk_tokens=self.chunk_tokens,
         )
         self.state.add(facts, WorkerState.SERVING)
 
@@ -178,6 +180,47 @@ def test_a_long_queue_at_the_prefill_worker_keeps_prompts_on_an_idle_decode_work
 def test_the_objective_for_latencies_between_tokens_says_how_much_harm_a_prompt_does():
     assert Fleet("p d", slo_itl_s=0.02, slo_ttft_s=0.4).place(48) == ("d", "p")
     assert Fleet("p d", slo_itl_s=0.5, slo_ttft_s=10.0).place(48) == ("d", None)
+
+
+def test_chunks_make_a_long_prompt_less_harmful_beside_answers():
+    whole, chunked = Fleet("p d"), Fleet("p d", chunk_tokens=128)
+    for fleet in (whole, chunked):
+        fleet.report("d", sequences=1)
+        fleet.report("p", queued=3000)
+    assert whole.place(2048) == ("d", "p")
+    assert chunked.place(2048) == ("d", None)
+
+
+def test_a_worker_that_decodes_too_is_no_place_to_spare_a_decode_worker():
+    """Its answers suffer as much from a prompt as those of the worker that would be spared."""
+    fleet = Fleet("b d", chunk_tokens=128)
+    for sequences in (0, 1, 8, 40):
+        for name in ("b", "d"):
+            fleet.report(name, sequences=sequences)
+        fleet.report("b", sequences=sequences, free=0)  # so that the other one decodes
+        for tokens in (32, 512, 4096):
+            assert fleet.place(tokens) == ("d", None)
+    fleet.report("b", free=0)
+    assert fleet.place(512) == ("d", "b")  # nobody to harm there
+
+
+def test_work_spreads_evenly_over_a_worker_that_does_both_and_one_that_decodes():
+    fleet = Fleet("b d", chunk_tokens=128)
+    for tokens in (48, 2048):
+        placed = [fleet.dispatch(tokens) for _ in range(6)]
+        assert Counter(decision.decode for decision in placed) == {ref("b"): 3, ref("d"): 3}
+        assert [decision.prefill for decision in placed] == [None] * 6
+
+
+def test_the_harm_done_is_no_part_of_the_time_to_first_token():
+    fleet = Fleet("b d", chunk_tokens=128)
+    fleet.report("b", sequences=2, free=0)
+    fleet.report("d", sequences=40)
+    decision = fleet.decide(512)
+    assert decision.prefill == ref("b")
+    assert decision.predicted_ttft_s == pytest.approx(512 * S_PER_TOKEN + GOOD.fixed_s + 2 * STEP_S, rel=0.5)
+    (chosen,) = [each for each in decision.prefill_candidates if each.chosen]
+    assert chosen.cost_s > 2 * decision.predicted_ttft_s
 
 
 def test_without_local_prefill_everything_goes_to_prefill_workers():

@@ -25,9 +25,9 @@ PROMPT = list(range(100))
 class Fleet:
     """A placer and its workers, at time `now`, which is 0 at first."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: str = "cost") -> None:
         self.now = 0.0
-        self.placement: PlacementState[RequestKey] = PlacementState(POLICIES["cost"], 1024)
+        self.placement: PlacementState[RequestKey] = PlacementState(POLICIES[policy], 1024)
         self.feed = IndexFeed()
         self.placer = Placer(self.placement, self.feed, KeyRoots(b"s" * 16), lambda: self.now)
 
@@ -95,6 +95,18 @@ def test_who_has_more_of_the_prompt_is_named_as_a_source_though_it_takes_no_requ
     assert (source.kv_address, source.epoch, source.cached_tokens) == ("leaving:1", 7, 64)
     fleet.placement.set_connected(leaving, False)
     assert fleet.placer.sources(request) == []
+
+
+@pytest.mark.parametrize(("policy", "is_named"), [(name, name != "round-robin") for name in POLICIES])
+def test_a_policy_that_knows_nothing_of_caches_names_no_source(policy: str, is_named: bool) -> None:
+    fleet = Fleet(policy)
+    holder, _ = fleet.join("holder", Role.PREFILL), fleet.join("d", Role.DECODE)
+    request = fleet.request()
+    fleet.caches(holder, request, 4)
+    fleet.join("p", Role.PREFILL)
+    fleet.placement.set_state(holder, WorkerState.NO_NEW)
+    assert fleet.dispatch(request).prefill == WorkerRef("p", 7)
+    assert bool(fleet.placer.sources(request)) is is_named
 
 
 def test_those_that_the_request_is_placed_on_are_no_sources() -> None:
