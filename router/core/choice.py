@@ -1,8 +1,8 @@
 """The choice among the workers of one identity.
 
 Decode and prefill workers are ranked apart, never in pairs: the best decode worker, then the best prefill worker
-for it, then prefill on that decode worker itself, or on the one that holds most of the prompt, where that is
-allowed and predicted to cost less (`costs`). Where every prefill worker is taken, a decode worker prefills by itself
+for it, then prefill on that decode worker itself, on the one that holds most of the prompt, or on the best prefill
+worker if that decodes, where that is allowed and predicted to cost less (`costs`). Where every prefill worker is taken, a decode worker prefills by itself
 only if that costs less than the wait.
 """
 
@@ -282,13 +282,23 @@ class _Decision:
         if won is None:
             return WaitCause.PREFILL_BUSY
         remote = self._remote(won.row, may_prefill)
-        itself = [won.row]
-        if policy.heeds_costs and self.query.has_cached:
-            longest = int((self.decode_cached * may).argmax())
-            if longest != won.row and may.item(longest):
-                itself.append(longest)
-        local = [self._local(decoder) for decoder in itself if self._may_prefill_itself(decoder)]
+        itself = {won.row}
+        if policy.heeds_costs:
+            itself |= self._others_to_do_both(remote, may)
+        local = [self._local(decoder) for decoder in sorted(itself) if self._may_prefill_itself(decoder)]
         return self._choice(won, cost_s, remote, local)
+
+    def _others_to_do_both(self, remote: _Option | None, may: Mask) -> set[int]:
+        """Decode workers, beside the best to decode, that may be the best to prefill and decode: the one that holds
+        most of the prompt, and the best prefill worker, if it decodes."""
+        found: set[int] = set()
+        if self.query.has_cached:
+            found.add(int((self.decode_cached * may).argmax()))
+        if remote is not None and remote.prefill is not None and remote.prefill.decodes:
+            place = self.decoders.place_of(remote.prefill.slot)
+            if place is not None:
+                found.add(place)
+        return {row for row in found if may.item(row)}
 
     def _by_themselves(self, may_decode: Mask, prefill_cause: WaitCause) -> Choice | WaitCause:
         """No prefill worker may take the prompt now."""

@@ -208,12 +208,11 @@ def tokens_by_slot(cached: Sequence[tuple[int, int]], num_slots: int, most: int)
     except OverflowError:
         known = (1 << num_slots) - 1
         packed = b"".join([(mask & known).to_bytes(num_bytes, "little") for mask, _ in cached])
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").reshape(
-        len(cached), 8 * num_bytes
-    )
-    # Each sum has one term besides zeros: float32 is exact up to 16 million tokens.
-    tokens = np.array([min(tokens, most) for _, tokens in cached], np.float32)
-    return (tokens @ bits.astype(np.float32))[:num_slots].astype(np.float64)
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+    rows, slots = np.divmod(bits.view(np.bool_).nonzero()[0], 8 * num_bytes)
+    by_slot = np.zeros(8 * num_bytes)
+    by_slot[slots] = np.array([float(min(tokens, most)) for _, tokens in cached])[rows]
+    return by_slot[:num_slots]
 
 
 def _one_by_one(cached: Sequence[tuple[int, int]], num_slots: int, most: int) -> Floats:

@@ -204,6 +204,15 @@ def test_a_worker_that_decodes_too_is_no_place_to_spare_a_decode_worker():
     assert fleet.place(512) == ("d", "b")  # nobody to harm there
 
 
+def test_the_best_to_prefill_decodes_too_where_that_saves_the_way():
+    fleet = Fleet("b d", chunk_tokens=128)
+    fleet.report("b", sequences=2, queued=500)
+    fleet.report("d", sequences=6)
+    decision = fleet.decide(1000)
+    assert min(decision.decode_candidates, key=lambda each: each.cost_s).worker_id == "d"
+    assert (decision.decode, decision.prefill) == (ref("b"), None)
+
+
 def test_work_spreads_evenly_over_a_worker_that_does_both_and_one_that_decodes():
     fleet = Fleet("b d", chunk_tokens=128)
     for tokens in (48, 2048):
