@@ -36,7 +36,7 @@ name: shapes-{name}
 model: {{path: smollm2-135m-instruct, precision: int8, max_context: 4096}}
 router: {{grpc: "127.0.0.1:0", policy: {policy}}}
 """
-_WORKER = "resources: {cpus: 1}, kv_memory: 384MiB"
+_WORKER = "resources: {cpus: 1}, kv_memory: 384MiB, chunk: 256"
 _DECODE = f"decode: {{{_WORKER}, max_drafts: 0}}\n"
 _CONFIGS = {
     COLOCATED: ("cost", f"colocated: {{replicas: 2, {_WORKER}, max_drafts: 0}}\n"),
