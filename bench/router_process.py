@@ -25,6 +25,7 @@ from bench.router_load import Clients, Load
 from bench.router_settings import ByteTokenizer, ClientsSettings, RouterSettings, WorkersSettings
 from bench.router_steps import StepClock
 from bench.router_worker import MockCache, MockWorker
+from cluster import garbage
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc, worker_pb2
 from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, cluster_token
 from kvtransfer.direct_ticket import TicketDesk
@@ -57,6 +58,7 @@ async def _route(settings: RouterSettings) -> None:
     tokenizer = None if settings.has_tokenizer else ByteTokenizer()
     server = RouterServer(settings.config, tokenizer=tokenizer, model=settings.facts)
     await server.start()
+    garbage.settle()
     _say(address=server.address)
     await _obey({})
     await server.stop()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import ray
 
+from cluster import garbage
 from cluster.model_store import resolve
 from cluster.state import log_file, run_directory
 from cluster.stores import StoreSettings, store_config
@@ -67,6 +68,7 @@ class WorkerActor:
             config = dataclasses.replace(config, model_dir=resolve(str(config.model_dir)))
             self._node = WorkerNode(config, services_of(config.role))
             self._node.start()
+            garbage.settle()
         self._ending = threading.Lock()
         # Ray runs this in the main thread, and looks for signals there while nothing is called.
         drain_on_sigterm(self._node)
@@ -111,6 +113,7 @@ class RouterActor:
             self._loop = ServiceLoop()
             self._loop.start()
             self._loop.run(self._server.start(), CALL_TIMEOUT_S)
+            garbage.settle()
 
     def facts(self) -> ActorFacts:
         """Answers once the router listens."""
@@ -135,6 +138,7 @@ class StoreActor:
             self._server = StoreServer(store_config(settings))
             self._server.start()
             self._server.wait_ready(DISK_TIMEOUT_S)
+            garbage.settle()
 
     def facts(self) -> ActorFacts:
         """Answers once the store serves."""

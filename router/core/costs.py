@@ -32,7 +32,8 @@ On a worker that decodes, each running answer waits for the prompt's chunks:
 
 A second of that weighs as much as the gap it makes is long, in ITL objectives. So a short prompt does next to no harm,
 and a long one goes to a worker that does nothing else, unless that is slow, far or busy. The one more stands for the
-answers that come while it computes.
+answers that come while it computes. Staying on one worker is preferred where a handover is predicted to save little
+(`policies.HANDOVER_GAIN`).
 
 What was not measured is the mean of the workers of the same identity that do the same work, then of all of that
 identity, then a constant, which makes equal workers differ by their load alone.

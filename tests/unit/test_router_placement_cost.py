@@ -178,8 +178,19 @@ def test_a_long_queue_at_the_prefill_worker_keeps_prompts_on_an_idle_decode_work
 
 
 def test_the_objective_for_latencies_between_tokens_says_how_much_harm_a_prompt_does():
-    assert Fleet("p d", slo_itl_s=0.02, slo_ttft_s=0.4).place(48) == ("d", "p")
-    assert Fleet("p d", slo_itl_s=0.5, slo_ttft_s=10.0).place(48) == ("d", None)
+    assert Fleet("p d", slo_itl_s=0.02, slo_ttft_s=0.4).place(256) == ("d", "p")
+    assert Fleet("p d", slo_itl_s=0.5, slo_ttft_s=10.0).place(256) == ("d", None)
+
+
+def test_a_handover_is_to_save_more_than_predictions_are_off_by():
+    fleet = Fleet("b d", chunk_tokens=128)
+    fleet.report("b", sequences=7, step_s=0.024)
+    fleet.report("d", sequences=8, step_s=0.022)
+    decision = fleet.decide(256)
+    least = min(decision.prefill_candidates, key=lambda each: each.cost_s)
+    assert (decision.prefill, least.note) == (None, "")  # a handover was predicted to cost a little less
+    fleet.report("d", sequences=40)
+    assert fleet.place(256)[0] == "b"
 
 
 def test_chunks_make_a_long_prompt_less_harmful_beside_answers():
