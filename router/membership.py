@@ -239,6 +239,8 @@ class Membership:
             state=state,
             free_blocks=report.free_blocks,
             num_sequences=report.running_sequences + report.waiting_sequences,
+            first_row_s=report.first_row_s,
+            row_s=report.row_s,
             queued_prefill_tokens=report.queued_prefill_tokens,
             step_s=report.step_s,
             prefill_s_per_token=report.prefill_s_per_token,

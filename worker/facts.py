@@ -116,6 +116,8 @@ def worker_report(
             pins=pool.pins,
             leases=num_leases,
             step_s=counters.decode_step_s,
+            first_row_s=scheduler.pace.answers_s(1),
+            row_s=scheduler.pace.row_s,
             refused_stale=refused_stale,
             preemptions=scheduler.num_preemptions,
             steps=counters.steps,

@@ -2,8 +2,8 @@
 
 Decode and prefill workers are ranked apart, never in pairs: the best decode worker, then the best prefill worker
 for it, then prefill on that decode worker itself, on the one that holds most of the prompt, or on the best prefill
-worker if that decodes, where that is allowed and predicted to cost less (`costs`). Where every prefill worker is taken, a decode worker prefills by itself
-only if that costs less than the wait.
+worker if that decodes, where that is allowed and predicted to cost less (`costs`). Where every prefill worker is taken,
+a decode worker prefills by itself only if that costs less than the wait.
 """
 
 from collections.abc import Callable, Set
@@ -87,7 +87,7 @@ class _Decision:
         self.num_tokens = query.demand.num_prompt_tokens
         self.prefill_cached = query.cached.take(self.prefillers.slots)
         self.decode_cached = query.cached.take(self.decoders.slots)
-        self.figures = group.figures(rules.model.ttft_per_itl)
+        self.figures = group.figures()
 
     def outcome(self) -> Choice | WaitCause:
         may_decode = self._who_may_decode()
@@ -226,7 +226,7 @@ class _Decision:
         """To the answers of prefill workers that decode too."""
         table = self.prefillers
         gap_s = np.minimum(self.prefill_lacking, table.chunk_tokens) * self.figures.prefill_s_per_token
-        gap_s += table.growth * table.empty_step_s
+        gap_s += table.empty_step_s + table.row_s * (table.num_sequences + 1.0)
         harm_s = self.rules.model.harm_s(compute_s, gap_s, table.num_sequences)
         harm_s *= table.is_both
         return harm_s

@@ -19,12 +19,12 @@ MAX_PREFILL_PROMPTS = 2  # the running prompt and one more
 FEW_HOLDERS = 32  # up to so many, one at a time is faster than all slots at once
 
 _CHARGED = (
-    "credits", "used", "fullness", "room", "num_sequences", "load", "growth", "refused_until_s", "turn_tokens",
+    "credits", "used", "fullness", "room", "num_sequences", "load", "refused_until_s", "turn_tokens",
     "tokens_ahead", "last_placed",
 )  # fmt: skip
 _REPORTED = (
     "num_blocks", "per_block", "max_sequences", "per_sequence", "block_tokens", "max_context", "is_both",
-    "empty_step_s", "s_per_token", "kv_bytes_per_token", "link_s_per_byte", "link_fixed_s",
+    "empty_step_s", "row_s", "s_per_token", "kv_bytes_per_token", "link_s_per_byte", "link_fixed_s",
     "chunk_tokens",
 )  # fmt: skip
 _COLUMNS = (*_CHARGED, *_REPORTED)
@@ -41,19 +41,16 @@ def turn_tokens(worker: Worker, window_tokens: int) -> float:
 
 def charged_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
     """The first of a worker's columns: what changes with each request. `used` is the share of its blocks that is taken,
-    `load` that of its sequences. `fullness` and `growth` are factors of a step's cost (`costs`): with the blocks that
-    are taken, and with one sequence more."""
+    `load` that of its sequences. `fullness` is a factor of a step's cost (`costs`)."""
     facts, credits, num_sequences = worker.facts, worker.credits, worker.num_sequences
-    per_sequence = 1.0 / max(1, facts.max_sequences)
-    used, load = 1.0 - credits / max(1, facts.num_blocks), num_sequences * per_sequence
+    used = 1.0 - credits / max(1, facts.num_blocks)
     return (
         credits,
         used,
         1.0 + used,
         facts.max_sequences - num_sequences,
         num_sequences,
-        load,
-        1.0 + load + per_sequence,
+        num_sequences / max(1, facts.max_sequences),
         worker.refused_until_s,
         turn_tokens(worker, window_tokens),
         worker.tokens_ahead,
@@ -75,6 +72,7 @@ def row_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
         facts.max_context,
         facts.role is Role.BOTH,
         worker.empty_step_s,
+        worker.row_s,
         worker.prefill_s_per_token,
         facts.kv_bytes_per_token,
         worker.link_s_per_byte,
@@ -96,7 +94,6 @@ class WorkerTable:
     num_sequences: Floats
     max_sequences: Floats
     load: Floats
-    growth: Floats
     per_sequence: Floats
     block_tokens: Floats
     max_context: Floats
@@ -106,6 +103,7 @@ class WorkerTable:
     last_placed: Floats
     is_both: Floats
     empty_step_s: Floats
+    row_s: Floats
     s_per_token: Floats
     kv_bytes_per_token: Floats
     link_s_per_byte: Floats

@@ -1,9 +1,9 @@
 """What a placement is predicted to cost, in seconds.
 
-A decode worker D, with `n` sequences of at most `max` and this request's `c` more:
+A decode worker D, with `n` sequences and this request's `c` more:
 
-    step     = empty_step x (1 + (n + c) / max)           a full batch's step takes twice an empty one's;
-                                                          empty_step is a measured step divided by the same growth
+    step     = empty_step + row x (n + c)                 a line that the worker fits to its steps; where it says but
+                                                          one step, a full batch's is taken for twice an empty one's
     itl      = step x (1 + used) x slo_ttft / slo_itl     `used`: the share of its blocks that is taken afterwards
     own      = its own prompt tokens ahead x its seconds a token
     carried  = tokens it lacks x bytes a token x the fleet's mean seconds a byte
@@ -61,8 +61,8 @@ class Figures:
 
     decode_step_s: Floats
     """Of an empty batch."""
-    decode_weighted_step_s: Floats
-    """The same in seconds of time to first token."""
+    decode_row_s: Floats
+    """What a sequence adds to it."""
     decode_s_per_token: Floats
     decode_kv_bytes: Floats
     """A token's."""
@@ -89,7 +89,7 @@ class Figures:
         return fixed_s
 
 
-def figures_of(decoders: WorkerTable, prefillers: WorkerTable, ttft_per_itl: float) -> Figures:
+def figures_of(decoders: WorkerTable, prefillers: WorkerTable) -> Figures:
     """Fills in what was not measured; columns without a gap are the tables' own."""
     step_s = _filled(decoders.empty_step_s, DEFAULT_STEP_S)
     s_per_byte, fixed_s = prefillers.link_s_per_byte, prefillers.link_fixed_s
@@ -108,7 +108,7 @@ def figures_of(decoders: WorkerTable, prefillers: WorkerTable, ttft_per_itl: flo
     )
     return Figures(
         decode_step_s=step_s,
-        decode_weighted_step_s=step_s * ttft_per_itl,
+        decode_row_s=_rows_filled(decoders),
         decode_s_per_token=decode_s_per_token,
         decode_kv_bytes=kv_bytes,
         decode_carried_s=kv_bytes * mean_s_per_byte,
@@ -147,14 +147,14 @@ class CostModel:
         self, figures: Figures, table: WorkerTable, num_choices: int, num_blocks: Floats | int
     ) -> tuple[Floats, Floats]:
         """A decode step with the request in it; and that, with the memory it is in, as a cost."""
-        growth = table.growth  # it has one sequence more already
-        if num_choices > 1:
-            growth = growth + table.per_sequence * (num_choices - 1)
-        itl_s = table.per_block * num_blocks
+        step_s: Floats = table.num_sequences + num_choices
+        step_s *= figures.decode_row_s
+        step_s += figures.decode_step_s
+        itl_s: Floats = table.per_block * num_blocks
         itl_s += table.fullness
-        itl_s *= growth
-        itl_s *= figures.decode_weighted_step_s
-        return growth * figures.decode_step_s, itl_s
+        itl_s *= step_s
+        itl_s *= self.ttft_per_itl
+        return step_s, itl_s
 
     def harm_s(self, compute_s: Number, gap_s: Number, num_sequences: Number) -> Number:
         """What the answers on a worker suffer from a prompt that is computed beside them; `gap_s`: between two tokens
@@ -175,6 +175,18 @@ def _mean(column: Floats) -> float:
 
 def _is_known(column: Floats) -> bool:
     return int(np.count_nonzero(column)) > 0
+
+
+def _rows_filled(decoders: WorkerTable) -> Floats:
+    """What a sequence adds to a step; where no step was measured, the mean, or as much as makes a full batch's step
+    twice an empty one's."""
+    known = decoders.empty_step_s > 0
+    num_known = int(np.count_nonzero(known))
+    if num_known == len(known):
+        return decoders.row_s
+    if not num_known:
+        return DEFAULT_STEP_S * decoders.per_sequence
+    return np.where(known, decoders.row_s, decoders.row_s.sum() / num_known)
 
 
 def _filled(column: Floats, otherwise: float, others: Floats | None = None) -> Floats:

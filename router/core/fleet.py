@@ -12,6 +12,8 @@ from typing import NamedTuple
 MAX_STEP_S = 60.0
 MAX_S_PER_TOKEN = 60.0
 MAX_LINK_FIXED_S = 60.0
+MIN_ROW_PART = 1e-4
+"""Of a step with one answer: more answers are never wholly free, nor is a step without them."""
 FORGETTING = 1.001
 """By which the quickest pace seen slows down with each report: to half of it in some minutes."""
 MIN_LINK_BYTES_PER_S = 1.0
@@ -136,7 +138,9 @@ class Worker:
     refused_until_s: float = 0.0
     last_placed: int = 0
     empty_step_s: float = 0.0
-    """A decode step with hardly a sequence in it, worked back from the measured one (`costs`)."""
+    """Of a decode step, what does not depend on the number of answers in it."""
+    row_s: float = 0.0
+    """What each answer adds to it."""
     prefill_s_per_token: float = 0.0
     quickest_s_per_token: float = 0.0
     """Of late: what it takes when others leave it its cores."""
@@ -190,11 +194,25 @@ class Worker:
         """Whether the prompt is within its context."""
         return demand.num_prompt_tokens < self.facts.max_context
 
-    def measured(self, step_s: float, prefill_s_per_token: float, num_sequences: int) -> None:
-        """Takes a report's speeds; one of 0, or one that cannot be, leaves what was known before."""
+    def steps_measured(self, first_row_s: float, row_s: float) -> bool:
+        """Takes a report's line through its decode steps: one with a single answer, and what each more adds. False, and
+        nothing changed, where it has none, or one that cannot be."""
+        if not (0 < first_row_s <= MAX_STEP_S and 0 <= row_s <= first_row_s):
+            return False
+        self.row_s = max(row_s, MIN_ROW_PART * first_row_s)
+        self.empty_step_s = max(first_row_s - row_s, MIN_ROW_PART * first_row_s)
+        return True
+
+    def step_measured(self, step_s: float, num_sequences: int) -> None:
+        """Takes a report's decode step with so many answers, where that is all it says; one of 0, or one that cannot
+        be, leaves what was known before."""
         if 0 < step_s <= MAX_STEP_S:
-            share = min(max(num_sequences, 0) / max(1, self.facts.max_sequences), 1.0)
-            self.empty_step_s = step_s / (1.0 + share)
+            most = max(1, self.facts.max_sequences)
+            self.empty_step_s = step_s / (1.0 + min(max(num_sequences, 0) / most, 1.0))
+            self.row_s = self.empty_step_s / most
+
+    def prefill_measured(self, prefill_s_per_token: float) -> None:
+        """As `step_measured`, for seconds a token of a prompt."""
         if 0 < prefill_s_per_token <= MAX_S_PER_TOKEN:
             self.prefill_s_per_token = prefill_s_per_token
             remembered = FORGETTING * self.quickest_s_per_token or prefill_s_per_token

@@ -54,10 +54,10 @@ class Group:
         self.decoders.refresh()
         self.prefillers.refresh()
 
-    def figures(self, ttft_per_itl: float) -> Figures:
+    def figures(self) -> Figures:
         """Speeds, with what is unknown filled in."""
         if self._figures is None:
-            self._figures = figures_of(self.decoders, self.prefillers, ttft_per_itl)
+            self._figures = figures_of(self.decoders, self.prefillers)
         return self._figures
 
     def serving(self) -> list[Worker]:

@@ -182,13 +182,16 @@ class PlacementState(Generic[K]):
         num_sequences: int,
         queued_prefill_tokens: int = 0,
         step_s: float = 0.0,
+        first_row_s: float = 0.0,
+        row_s: float = 0.0,
         prefill_s_per_token: float = 0.0,
         links: Mapping[str, LinkSpeed] | None = None,
     ) -> None:
         """Takes a worker's own figures; they include every lease that it granted before.
 
-        `step_s` is a decode step, `links` how fast it pushed to workers, by their kv_address. A speed that is 0, or
-        that cannot be, leaves what was known before.
+        `step_s` is a decode step of late, `first_row_s` one with a single answer, and `row_s` what each answer more
+        adds; `links` are how fast it pushed to workers, by their kv_address. A speed that is 0, or that cannot be,
+        leaves what was known before.
         """
         worker = self.worker(ref)
         if worker is None:
@@ -199,7 +202,9 @@ class PlacementState(Generic[K]):
         queued_tokens = min(queued_prefill_tokens, MAX_QUEUED_TOKENS)
         worker.foreign_prefill_tokens = max(0, queued_tokens - worker.prefill_tokens)
         worker.refused_until_s = 0.0
-        worker.measured(step_s, prefill_s_per_token, num_sequences)
+        worker.prefill_measured(prefill_s_per_token)
+        if not worker.steps_measured(first_row_s, row_s):
+            worker.step_measured(step_s, num_sequences)
         if links:
             worker.links_measured(links)
             self._links.measured(worker.slot, links)
@@ -224,7 +229,7 @@ class PlacementState(Generic[K]):
         """What the workers that may prefill now compute together, as they report; None while nobody has."""
         rate = 0.0
         for group in self._groups.values():
-            figures = group.figures(self._rules.model.ttft_per_itl)
+            figures = group.figures()
             rate += figures.prefill_tokens_per_s
             if self._rules.local_prefill:
                 rate += figures.decode_tokens_per_s

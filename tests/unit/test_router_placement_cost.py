@@ -61,7 +61,15 @@ class Fleet:
         self.state.add(facts, WorkerState.SERVING)
 
     def report(
-        self, name, sequences=0, queued=0, step_s=None, s_per_token=S_PER_TOKEN, free=10_000, links=None
+        self,
+        name,
+        sequences=0,
+        queued=0,
+        step_s=None,
+        s_per_token=S_PER_TOKEN,
+        free=10_000,
+        links=None,
+        line=(0.0, 0.0),
     ):
         self.state.report(
             ref(name),
@@ -70,6 +78,8 @@ class Fleet:
             num_sequences=sequences,
             queued_prefill_tokens=queued,
             step_s=STEP_S * (1 + sequences / 64) if step_s is None else step_s,
+            first_row_s=line[0],
+            row_s=line[1],
             prefill_s_per_token=s_per_token,
             links={f"{other}:1": link for other, link in (links or {}).items()},
         )
@@ -287,6 +297,52 @@ def test_prompts_without_prefill_workers_go_where_they_do_least_harm():
     fleet.report("d", sequences=8)
     fleet.report("d2", queued=5000)
     assert fleet.place(1024) == ("d3", None)
+
+
+# --- decode steps ----------------------------------------------------------------------------------------
+
+
+def predicted_step_s(fleet, name):
+    return next(each.step_s for each in fleet.decide(16).decode_candidates if each.worker_id == name)
+
+
+def test_a_step_is_as_long_as_the_line_of_the_worker_says():
+    fleet = Fleet("p d")
+    fleet.report("d", sequences=7, line=(0.015, 0.005))
+    assert predicted_step_s(fleet, "d") == pytest.approx(0.015 + 7 * 0.005)
+
+
+def test_without_a_line_a_full_batch_takes_twice_as_long_as_an_empty_one():
+    fleet = Fleet("p d")
+    fleet.report("d", sequences=63, step_s=0.03)
+    assert predicted_step_s(fleet, "d") == pytest.approx(0.03 * 2 / (1 + 63 / 64))
+
+
+@pytest.mark.parametrize("line", [(-1.0, 0.0), (math.nan, 0.0), (0.01, -1.0), (0.01, 0.02), (100.0, 0.0)])
+def test_a_line_that_cannot_be_is_not_taken(line):
+    fleet = Fleet("p d")
+    fleet.report("d", line=line)
+    assert predicted_step_s(fleet, "d") == pytest.approx(STEP_S * 65 / 64)
+
+
+def test_one_that_has_decoded_nothing_yet_is_taken_for_as_quick_as_the_others():
+    fleet = Fleet("p d d2 d3", measured=False)
+    for name, line in (("d", (0.02, 0.01)), ("d2", (0.02, 0.02))):
+        fleet.report(name, step_s=0.0, line=line)
+    assert predicted_step_s(fleet, "d3") == pytest.approx(0.005 + 0.015, rel=0.01)
+
+
+def test_where_answers_take_each_other_much_time_they_spread_though_one_worker_has_the_prompt():
+    """The prompt is handed over to an idle worker, or decoded where it is, by what its step gains."""
+    cached = 1350
+    for row_s, expected in ((0.0001, "b"), (0.01, "d")):
+        fleet = Fleet("b d", chunk_tokens=128)
+        fleet.report("b", sequences=7, line=(0.02, row_s))
+        fleet.report("d", line=(0.02, row_s))
+        assert fleet.place(1500, cached=[(fleet.mask("b"), cached)]) == (
+            expected,
+            None if expected == "b" else "b",
+        )
 
 
 # --- links and speeds ------------------------------------------------------------------------------------

@@ -183,11 +183,13 @@ class PlacementMachine(RuleBasedStateMachine):
         queued=st.integers(0, 500),
         step_s=SPEED,
         s_per_token=SPEED,
+        first_row_s=SPEED,
+        row_s=SPEED,
         links=st.dictionaries(
             st.sampled_from(["a:1", "b:1", "z:1", ""]), st.builds(LinkSpeed, ANY_FLOAT, ANY_FLOAT), max_size=2
         ),
     )
-    def report(self, data, state, free, sequences, queued, step_s, s_per_token, links):
+    def report(self, data, state, free, sequences, queued, step_s, s_per_token, first_row_s, row_s, links):
         worker = self._draw_worker(data)
         self.placement.report(
             worker.facts.ref,
@@ -196,6 +198,8 @@ class PlacementMachine(RuleBasedStateMachine):
             num_sequences=sequences,
             queued_prefill_tokens=queued,
             step_s=step_s,
+            first_row_s=first_row_s,
+            row_s=row_s,
             prefill_s_per_token=s_per_token,
             links=links,
         )

@@ -434,7 +434,7 @@ class SetState(_message.Message):
     def __init__(self, state: _Optional[_Union[WorkerState, str]] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("state", "running_sequences", "waiting_sequences", "queued_prefill_tokens", "free_blocks", "private_blocks", "cached_blocks", "pins", "leases", "step_s", "refused_stale", "preemptions", "steps", "kv", "drafts", "drafts_kept", "prefill_s_per_token", "links")
+    __slots__ = ("state", "running_sequences", "waiting_sequences", "queued_prefill_tokens", "free_blocks", "private_blocks", "cached_blocks", "pins", "leases", "step_s", "refused_stale", "preemptions", "steps", "kv", "drafts", "drafts_kept", "prefill_s_per_token", "links", "first_row_s", "row_s")
     STATE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -453,6 +453,8 @@ class WorkerReport(_message.Message):
     DRAFTS_KEPT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_S_FIELD_NUMBER: _ClassVar[int]
+    ROW_S_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     running_sequences: int
     waiting_sequences: int
@@ -471,4 +473,6 @@ class WorkerReport(_message.Message):
     drafts_kept: int
     prefill_s_per_token: float
     links: _containers.RepeatedCompositeFieldContainer[LinkSpeed]
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., private_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., pins: _Optional[int] = ..., leases: _Optional[int] = ..., step_s: _Optional[float] = ..., refused_stale: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., kv: _Optional[_Union[KvReport, _Mapping]] = ..., drafts: _Optional[int] = ..., drafts_kept: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., links: _Optional[_Iterable[_Union[LinkSpeed, _Mapping]]] = ...) -> None: ...
+    first_row_s: float
+    row_s: float
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., private_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., pins: _Optional[int] = ..., leases: _Optional[int] = ..., step_s: _Optional[float] = ..., refused_stale: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., kv: _Optional[_Union[KvReport, _Mapping]] = ..., drafts: _Optional[int] = ..., drafts_kept: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., links: _Optional[_Iterable[_Union[LinkSpeed, _Mapping]]] = ..., first_row_s: _Optional[float] = ..., row_s: _Optional[float] = ...) -> None: ...
