@@ -13,7 +13,7 @@ import numpy as np
 
 from router.core.candidates import CandidateRow, Shortlist
 from router.core.columns import Floats, Mask, WorkerTable, turn_tokens
-from router.core.costs import CostModel
+from router.core.costs import CostModel, Figures
 from router.core.fleet import Demand, Role, Worker
 from router.core.groups import NOBODY, Group
 from router.core.links import LinkTable
@@ -69,16 +69,19 @@ class _Option:
         return self.cost_s - self.ttft_s + self.idle_ttft_s
 
 
-def choose(group: Group, links: LinkTable, rules: Rules, query: Query) -> Choice | WaitCause:
+def choose(
+    group: Group, figures: Figures, links: LinkTable, rules: Rules, query: Query
+) -> Choice | WaitCause:
     """The best placement in a group, or why there is none now."""
-    return _Decision(group, links, rules, query).outcome()
+    return _Decision(group, figures, links, rules, query).outcome()
 
 
 class _Decision:
     """One choice; columns by row of the group's tables."""
 
-    def __init__(self, group: Group, links: LinkTable, rules: Rules, query: Query) -> None:
+    def __init__(self, group: Group, figures: Figures, links: LinkTable, rules: Rules, query: Query) -> None:
         self.group = group
+        self.figures = figures
         self.links = links
         self.rules = rules
         self.query = query
@@ -87,7 +90,6 @@ class _Decision:
         self.num_tokens = query.demand.num_prompt_tokens
         self.prefill_cached = query.cached.take(self.prefillers.slots)
         self.decode_cached = query.cached.take(self.decoders.slots)
-        self.figures = group.figures()
 
     def outcome(self) -> Choice | WaitCause:
         may_decode = self._who_may_decode()

@@ -20,7 +20,7 @@ FEW_HOLDERS = 32  # up to so many, one at a time is faster than all slots at onc
 
 _CHARGED = (
     "credits", "used", "fullness", "room", "num_sequences", "load", "refused_until_s", "turn_tokens",
-    "tokens_ahead", "last_placed",
+    "tokens_ahead", "last_placed", "last_prefilled",
 )  # fmt: skip
 _REPORTED = (
     "num_blocks", "per_block", "max_sequences", "per_sequence", "block_tokens", "max_context", "is_both",
@@ -55,6 +55,7 @@ def charged_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
         turn_tokens(worker, window_tokens),
         worker.tokens_ahead,
         worker.last_placed,
+        worker.last_prefilled,
     )
 
 
@@ -101,6 +102,7 @@ class WorkerTable:
     turn_tokens: Floats
     tokens_ahead: Floats
     last_placed: Floats
+    last_prefilled: Floats
     is_both: Floats
     empty_step_s: Floats
     row_s: Floats

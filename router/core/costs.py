@@ -36,7 +36,8 @@ answers that come while it computes. Staying on one worker is preferred where a 
 (`policies.HANDOVER_GAIN`).
 
 What was not measured is the mean of the workers of the same identity that do the same work, then of all of that
-identity, then a constant, which makes equal workers differ by their load alone.
+identity, then a constant, which makes equal workers differ by their load alone. The pace of one that has not had a
+prompt for long is taken for the quickest one's, bit by bit, so that it is tried again.
 """
 
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ DEFAULT_S_PER_TOKEN = 0.0005
 DEFAULT_KV_BYTES_PER_TOKEN = 32 << 10
 DEFAULT_LINK_BYTES_PER_S = 1e9
 DEFAULT_LINK_FIXED_S = 0.005
+FORGETTING_PROMPTS = 16
+"""What a worker's prompts took is forgotten once so many prompts a worker went elsewhere."""
 
 Number = TypeVar("Number", float, Floats)
 
@@ -89,8 +92,8 @@ class Figures:
         return fixed_s
 
 
-def figures_of(decoders: WorkerTable, prefillers: WorkerTable) -> Figures:
-    """Fills in what was not measured; columns without a gap are the tables' own."""
+def figures_of(decoders: WorkerTable, prefillers: WorkerTable, num_placed: int) -> Figures:
+    """Fills in what was not measured, and what was measured long ago; `num_placed` prompts were placed by now."""
     step_s = _filled(decoders.empty_step_s, DEFAULT_STEP_S)
     s_per_byte, fixed_s = prefillers.link_s_per_byte, prefillers.link_fixed_s
     is_linked = s_per_byte > 0
@@ -101,8 +104,8 @@ def figures_of(decoders: WorkerTable, prefillers: WorkerTable) -> Figures:
         mean_fixed_s = float(fixed_s[is_linked].mean()) if num_linked else DEFAULT_LINK_FIXED_S
         links[:, ~is_linked] = [[mean_s_per_byte], [mean_fixed_s]]
     kv_bytes = _filled(decoders.kv_bytes_per_token, DEFAULT_KV_BYTES_PER_TOKEN)
-    decode_s_per_token = _filled(decoders.s_per_token, DEFAULT_S_PER_TOKEN, prefillers.s_per_token)
-    prefill_s_per_token = _filled(prefillers.s_per_token, DEFAULT_S_PER_TOKEN, decoders.s_per_token)
+    decode_s_per_token = _of_late(decoders, num_placed, prefillers)
+    prefill_s_per_token = _of_late(prefillers, num_placed, decoders)
     is_measured = _is_known(decoders.empty_step_s) and (
         _is_known(decoders.s_per_token) or _is_known(prefillers.s_per_token)
     )
@@ -175,6 +178,17 @@ def _mean(column: Floats) -> float:
 
 def _is_known(column: Floats) -> bool:
     return int(np.count_nonzero(column)) > 0
+
+
+def _of_late(table: WorkerTable, num_placed: int, others: WorkerTable) -> Floats:
+    """Seconds a token of a prompt. The more prompts went elsewhere since a worker's last one, the more it is taken for
+    as quick as the quickest: one slow measurement must not keep prompts from it for good."""
+    filled = _filled(table.s_per_token, DEFAULT_S_PER_TOKEN, others.s_per_token)
+    if len(table) < 2:
+        return filled
+    age = (num_placed - table.last_prefilled) / (FORGETTING_PROMPTS * len(table))
+    quickest = float(filled.min())
+    return quickest + np.maximum(1.0 - age, 0.0) * (filled - quickest)
 
 
 def _rows_filled(decoders: WorkerTable) -> Floats:

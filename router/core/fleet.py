@@ -137,6 +137,8 @@ class Worker:
     foreign_prefill_tokens: int = 0
     refused_until_s: float = 0.0
     last_placed: int = 0
+    last_prefilled: int = 0
+    """The numbers of the last placements that took it, and that had it prefill."""
     empty_step_s: float = 0.0
     """Of a decode step, what does not depend on the number of answers in it."""
     row_s: float = 0.0

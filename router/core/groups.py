@@ -54,10 +54,10 @@ class Group:
         self.decoders.refresh()
         self.prefillers.refresh()
 
-    def figures(self) -> Figures:
-        """Speeds, with what is unknown filled in."""
+    def figures(self, num_placed: int) -> Figures:
+        """Speeds as of the last report, with what is unknown filled in; `num_placed` prompts were placed by now."""
         if self._figures is None:
-            self._figures = figures_of(self.decoders, self.prefillers)
+            self._figures = figures_of(self.decoders, self.prefillers, num_placed)
         return self._figures
 
     def serving(self) -> list[Worker]:

@@ -229,7 +229,7 @@ class PlacementState(Generic[K]):
         """What the workers that may prefill now compute together, as they report; None while nobody has."""
         rate = 0.0
         for group in self._groups.values():
-            figures = group.figures()
+            figures = group.figures(self._num_placed)
             rate += figures.prefill_tokens_per_s
             if self._rules.local_prefill:
                 rate += figures.decode_tokens_per_s
@@ -325,7 +325,7 @@ class PlacementState(Generic[K]):
             group.refresh()
             if avoid_if_possible:
                 query.avoid_decode, query.avoid_prefill = group.avoidable(avoided, query.demand)
-            found = choose(group, self._links, self._rules, query)
+            found = choose(group, group.figures(self._num_placed), self._links, self._rules, query)
             choices.append(found) if isinstance(found, Choice) else causes.add(found)
         if not choices:
             return self._wait(query.demand, causes)
@@ -360,7 +360,7 @@ class PlacementState(Generic[K]):
         prefill.prefill_prompts += 1
         prefill.prefill_tokens += charge.prompt_tokens
         self._num_placed += 1
-        decode.last_placed = prefill.last_placed = self._num_placed
+        decode.last_placed = prefill.last_placed = prefill.last_prefilled = self._num_placed
         self._tickets = self._draw()
         self._charged(charge)
 

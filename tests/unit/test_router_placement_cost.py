@@ -299,6 +299,34 @@ def test_prompts_without_prefill_workers_go_where_they_do_least_harm():
     assert fleet.place(1024) == ("d3", None)
 
 
+def place_and_finish(fleet, tokens):
+    """Who prefilled it; reports follow, as they do."""
+    decision = fleet.dispatch(tokens)
+    fleet.state.release(fleet.num_keys - 1)
+    name = (decision.prefill or decision.decode).worker_id
+    worker = fleet.state.worker(ref(name))
+    fleet.report(name, s_per_token=worker.prefill_s_per_token)
+    return name
+
+
+def test_a_worker_that_was_slow_once_is_tried_again_after_a_while():
+    fleet = Fleet("p p2 p3 d", local_prefill=False)
+    fleet.report("p", s_per_token=5 * S_PER_TOKEN)
+    names = [place_and_finish(fleet, 2048) for _ in range(400)]
+    assert "p" not in names[:10]
+    assert 2 < names.count("p") < 40  # it is as slow each time
+
+
+def test_a_worker_that_is_quick_again_is_used_as_the_others_once_it_was_tried():
+    fleet = Fleet("p p2 d", local_prefill=False)
+    fleet.report("p", s_per_token=5 * S_PER_TOKEN)
+    while place_and_finish(fleet, 2048) != "p":
+        assert fleet.num_keys < 200
+    fleet.report("p")
+    names = [place_and_finish(fleet, 2048) for _ in range(20)]
+    assert names.count("p") == 10
+
+
 # --- decode steps ----------------------------------------------------------------------------------------
 
 
