@@ -165,19 +165,16 @@ async def test_requests_of_a_lost_worker_go_on_elsewhere_behind_the_tokens_that_
             assert (await stream.end()).text == {0: "so far!"}
             return
         assert (await survivor.expect("cancel")).cause == "WORKER_LOST"
-        heir = (
-            other if lost == "decode" else decode
-        )  # which may have landed blocks, and can prefill by itself
-        reserve = await heir.expect("reserve")
+        reserve = await other.expect("reserve")
         known = b"so far" if state == "DECODING" else b""
         assert reserve.key.attempt == 2
         assert [bytes(choice.token_ids) for choice in reserve.task.so_far] == [known][: len(known)]
-        heir.grant(reserve)
-        heir.say(reserve.key, len(known), "!", finish=STOP)
+        other.grant(reserve)
+        other.say(reserve.key, len(known), "!", finish=STOP)
         answer = await stream.end()
         assert answer.text == {0: known.decode() + "!"}
         assert answer.done.timing.attempts == 2
-        assert answer.done.timing.decode_worker == heir.hello.worker_id
+        assert answer.done.timing.decode_worker == other.hello.worker_id
 
 
 async def test_a_request_that_takes_its_workers_down_ends_after_few_of_them():
