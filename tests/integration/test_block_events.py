@@ -77,14 +77,17 @@ def answer(client: SessionClient, name: str, tokens: list[int], max_tokens: int 
     generate_locally(client, request_key(name, tenant=TENANT), task(tokens, max_tokens=max_tokens))
 
 
-def test_a_worker_says_what_its_keys_begin_with_and_what_a_token_takes(node: WorkerNode) -> None:
+def test_a_worker_says_what_its_keys_begin_with_and_what_tokens_and_steps_take(node: WorkerNode) -> None:
     with session(node, "facts") as client:
         hello = client.hello()
         layout = node.engine.layout
         assert hello.kv_bytes_per_token * 1024 == layout.num_bytes(2048) - layout.num_bytes(1024)
         assert len(hello.key_identity) == 64
+        assert hello.chunk_tokens == node.config.chunk_tokens > 0
         answer(client, "facts", list(random_prompt(99, 100)))
         client.wait(lambda: client.reports()[-1].prefill_s_per_token > 0, "the speed of prefill")
+        client.wait(lambda: client.reports()[-1].first_row_s > 0, "the time of a decode step")
+        assert 0 <= client.reports()[-1].row_s <= client.reports()[-1].first_row_s
 
 
 def test_a_router_predicts_what_a_worker_then_finds_cached(node: WorkerNode) -> None:
