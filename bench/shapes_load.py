@@ -40,9 +40,9 @@ class Shape:
 
 
 SHAPES = (
-    Shape(name="short", shortest=32, longest=64, levels=(4, 8, 16), num_requests=32),
-    Shape(name="long", shortest=1500, longest=3000, levels=(1, 2, 3), num_requests=4),
-    Shape(name="cached", shortest=1500, longest=1500, shared_share=0.9, levels=(2, 4, 8), num_requests=24),
+    Shape(name="short", shortest=32, longest=64, levels=(8, 16), num_requests=64),
+    Shape(name="long", shortest=1500, longest=3000, levels=(2, 3), num_requests=6),
+    Shape(name="cached", shortest=1500, longest=1500, shared_share=0.9, levels=(4, 8), num_requests=32),
 )
 
 
