@@ -30,7 +30,7 @@ from headrace.v1.cluster_pb2 import PrefixIndexStatus
 NUM_REQUESTS = 120
 NUM_PARTS = 6
 SEED = 0
-LOAD = 0.65
+LOAD = 0.85
 """Of what the cluster can compute where no prompt is computed twice."""
 CACHE_PART = 0.6
 """Of all the blocks of the slice, what a prefill worker has room for: two hold it, if they share it out; one does
