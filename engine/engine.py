@@ -321,6 +321,7 @@ class Engine:
                 for lease_id in deferred:
                     self.release(lease_id)
         step_s = self._clock() - began
+        prefill_s = self.scheduler.pace.prompts_s(plan.num_answer_tokens, plan.num_prefill_tokens, step_s)
         self.scheduler.pace.observe(plan.num_answer_tokens, plan.num_prefill_tokens, step_s)
         return StepResult(
             events=tuple(events),
@@ -329,6 +330,7 @@ class Engine:
             num_drafts=sum(len(row.drafts) for row in plan.rows),
             num_drafts_kept=sum(len(drawn[row.sequence.sequence_id]) - 1 for row in plan.rows if row.drafts),
             step_s=step_s,
+            prefill_s=prefill_s,
         )
 
     def _move_kept(self, plan: StepPlan) -> None:

@@ -61,6 +61,7 @@ Event = TokenDrawn | ChunkDone | PrefillDone | SequenceFailed
 class StepResult:
     """Events in the order they happened, and what the step was made of. No rows: there was nothing to do.
 
+    `prefill_s`: of `step_s`, what the prompts took beside the answers; 0 where that is not known.
     `num_drafts`: guesses at tokens that were computed; `num_drafts_kept`: those that were the tokens drawn.
     """
 
@@ -70,3 +71,4 @@ class StepResult:
     num_drafts: int = 0
     num_drafts_kept: int = 0
     step_s: float = 0.0
+    prefill_s: float = 0.0

@@ -46,6 +46,12 @@ class StepPace:
         elif num_rows:
             self._answers.add(num_rows, step_s)
 
+    def prompts_s(self, num_rows: int, num_prompt_tokens: int, step_s: float) -> float:
+        """Of such a step, what the prompts took beside the answers; 0 where that is not known."""
+        if not num_prompt_tokens or (num_rows and not self._answers.weight):
+            return 0.0
+        return max(step_s - self.answers_s(num_rows), 0.0)
+
     @property
     def row_s(self) -> float:
         """What one row more takes."""

@@ -329,8 +329,8 @@ class WorkerNode:
 
     def on_step(self, result: StepResult) -> None:
         """Hand a step's events to the roles, on the service loop."""
-        if result.num_prefill_tokens and not result.num_decode_rows:
-            self.kv.speeds.note_prefill(result.num_prefill_tokens, result.step_s)
+        if result.prefill_s:
+            self.kv.speeds.note_prefill(result.num_prefill_tokens, result.prefill_s)
         if result.events:
             self._loop.loop.call_soon_threadsafe(self._deliver, result)
 

@@ -361,7 +361,8 @@ class _Decision:
         if remote.prefill is None:
             return False
         decoder = self.decoders.workers[local.decoder]
-        return self.rules.policy.prefers_local(decoder, local.cost_s, remote.prefill, remote.cost_s)
+        local_cost_s = local.cost_s - self.rules.model.least_gain_s(local.cost_s)
+        return self.rules.policy.prefers_local(decoder, local_cost_s, remote.prefill, remote.cost_s)
 
     def _have_turn_themselves(self) -> Mask:
         if self.query.regardless:

@@ -32,8 +32,8 @@ On a worker that decodes, each running answer waits for the prompt's chunks:
 
 A second of that weighs as much as the gap it makes is long, in ITL objectives. So a short prompt does next to no harm,
 and a long one goes to a worker that does nothing else, unless that is slow, far or busy. The one more stands for the
-answers that come while it computes. Staying on one worker is preferred where a handover is predicted to save little
-(`policies.HANDOVER_GAIN`).
+answers that come while it computes. Staying on one worker is preferred where a handover is predicted to save little:
+a tenth of the cost, or of the objective for the time to first token where that is less.
 
 What was not measured is the mean of the workers of the same identity that do the same work, then of all of that
 identity, then a constant, which makes equal workers differ by their load alone. The pace of one that has not had a
@@ -52,6 +52,9 @@ DEFAULT_S_PER_TOKEN = 0.0005
 DEFAULT_KV_BYTES_PER_TOKEN = 32 << 10
 DEFAULT_LINK_BYTES_PER_S = 1e9
 DEFAULT_LINK_FIXED_S = 0.005
+HANDOVER_GAIN = 0.1
+"""Predictions are off by about that, and a handover takes the best of what is predicted of two workers; what it costs
+beside the link's time (messages, landing, both workers' attention) is not in them."""
 FORGETTING_PROMPTS = 16
 """What a worker's prompts took is forgotten once so many prompts a worker went elsewhere."""
 
@@ -158,6 +161,10 @@ class CostModel:
         itl_s *= step_s
         itl_s *= self.ttft_per_itl
         return step_s, itl_s
+
+    def least_gain_s(self, cost_s: float) -> float:
+        """What a handover is to save of what staying on one worker costs."""
+        return HANDOVER_GAIN * min(cost_s, self.slo_ttft_s)
 
     def harm_s(self, compute_s: Number, gap_s: Number, num_sequences: Number) -> Number:
         """What the answers on a worker suffer from a prompt that is computed beside them; `gap_s`: between two tokens

@@ -13,11 +13,6 @@ import numpy as np
 from router.core.columns import Floats, Mask, WorkerTable
 from router.core.fleet import Role, Worker
 
-HANDOVER_GAIN = 0.1
-"""A handover is to save so much of what staying costs. Predictions are off by about that, and it takes the best of what
-is predicted of two workers; what it costs beside the link's time (messages, landing, both workers' attention) is not
-in them."""
-
 Keys = tuple[Floats, ...]
 Tickets = tuple[float, float]
 
@@ -64,7 +59,7 @@ class Cost:
         return ballot.cost_s, ballot.table.last_placed
 
     def prefers_local(self, local: Worker, local_cost_s: float, remote: Worker, remote_cost_s: float) -> bool:
-        return (1.0 - HANDOVER_GAIN) * local_cost_s < remote_cost_s
+        return local_cost_s < remote_cost_s
 
 
 class LeastLoaded:
