@@ -41,13 +41,13 @@ class LoadSpeeds:
         self._clock = clock
         self._lock = threading.Lock()
         self._sources: dict[str, _Source] = {}
-        self._prefill_s_per_token: float | None = None
+        self._prefill_tokens = self._prefill_s = 0.0
 
     @property
     def prefill_s_per_token(self) -> float | None:
         """None before the first prompt."""
         with self._lock:
-            return self._prefill_s_per_token
+            return self._prefill_s / self._prefill_tokens if self._prefill_tokens else None
 
     def note_load(self, source: str, num_bytes: int, seconds: float) -> None:
         """`num_bytes` came from `source` in `seconds`, from asking for them to having them."""
@@ -67,11 +67,12 @@ class LoadSpeeds:
                 known.s_per_byte = _mean(known.s_per_byte, moving_s / num_bytes)
 
     def note_prefill(self, num_tokens: int, seconds: float) -> None:
-        """So many tokens of a prompt were computed in `seconds`."""
+        """So many tokens of a prompt were computed in `seconds`. A few, such as a prompt's last ones, count as few."""
         if num_tokens < 1:
             return
         with self._lock:
-            self._prefill_s_per_token = _mean(self._prefill_s_per_token, seconds / num_tokens)
+            self._prefill_tokens = (1 - SMOOTHING) * self._prefill_tokens + num_tokens
+            self._prefill_s = (1 - SMOOTHING) * self._prefill_s + seconds
 
     def bytes_per_s(self, source: str) -> float | None:
         """None where nothing is known, or not any more."""

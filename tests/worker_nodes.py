@@ -130,7 +130,7 @@ def expect_loading_to_win(node: WorkerNode, *sources: str) -> None:
 def expect_computing_to_win(node: WorkerNode, *sources: str) -> None:
     """The other way round."""
     node.kv.speeds = LoadSpeeds(node.kv.clock)
-    node.kv.speeds.note_prefill(1, 1e-6)
+    node.kv.speeds.note_prefill(1 << 30, 1e3)
     for source in sources:
         node.kv.speeds.note_load(source, 2 << 20, 1e3)
 

@@ -40,6 +40,7 @@ identity, then a constant, which makes equal workers differ by their load alone.
 prompt for long is taken for the quickest one's, bit by bit, so that it is tried again.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -191,10 +192,11 @@ def _of_late(table: WorkerTable, num_placed: int, others: WorkerTable) -> Floats
     """Seconds a token of a prompt. The more prompts went elsewhere since a worker's last one, the more it is taken for
     as quick as the quickest: one slow measurement must not keep prompts from it for good."""
     filled = _filled(table.s_per_token, DEFAULT_S_PER_TOKEN, others.s_per_token)
-    if len(table) < 2:
+    if not len(table):
         return filled
     age = (num_placed - table.last_prefilled) / (FORGETTING_PROMPTS * len(table))
-    quickest = float(filled.min())
+    known = others.s_per_token[others.s_per_token > 0]
+    quickest = min(float(filled.min()), float(known.min()) if len(known) else math.inf)
     return quickest + np.maximum(1.0 - age, 0.0) * (filled - quickest)
 
 
