@@ -359,6 +359,5 @@ def _facts(ref: WorkerRef, hello: worker_pb2.WorkerHello) -> WorkerFacts:
         max_context=hello.max_context,
         kv_address=hello.kv_address,
         kv_bytes_per_token=hello.kv_bytes_per_token,
-        chunk_tokens=hello.chunk_tokens,
         key_identity=hello.key_identity,
     )

@@ -88,7 +88,6 @@ def worker_hello(
         key_identity=identity_digest(identity),
         kv_bytes_per_token=bytes_per_token(engine.layout),
         direct_address=direct_address,
-        chunk_tokens=config.chunk_tokens,
     )
 
 

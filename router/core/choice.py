@@ -227,9 +227,8 @@ class _Decision:
     def _harm_of_prefill_s(self, compute_s: Floats) -> Floats:
         """To the answers of prefill workers that decode too."""
         table = self.prefillers
-        gap_s = np.minimum(self.prefill_lacking, table.chunk_tokens) * self.figures.prefill_s_per_token
-        gap_s += table.empty_step_s + table.row_s * (table.num_sequences + 1.0)
-        harm_s = self.rules.model.harm_s(compute_s, gap_s, table.num_sequences)
+        step_s = table.empty_step_s + table.row_s * (table.num_sequences + 1.0)
+        harm_s = self.rules.model.harm_s(compute_s, step_s, table.num_sequences)
         harm_s *= table.is_both
         return harm_s
 
@@ -255,11 +254,9 @@ class _Decision:
         worker = self.decoders.workers[decoder]
         lacking = self.decode_lacking.item(decoder)
         step_s, own_s = self.step_s.item(decoder), self.own_s.item(decoder)
-        s_per_token = self.figures.decode_s_per_token.item(decoder)
-        compute_s = lacking * s_per_token
+        compute_s = lacking * self.figures.decode_s_per_token.item(decoder)
         ttft_s = own_s + compute_s + step_s
-        gap_s = step_s + s_per_token * min(lacking, self.decoders.chunk_tokens.item(decoder))
-        harm_s = self.rules.model.harm_s(compute_s, gap_s, float(worker.num_sequences))
+        harm_s = self.rules.model.harm_s(compute_s, step_s, float(worker.num_sequences))
         cost_s = ttft_s + self.itl_s.item(decoder) + harm_s
         cached_tokens = int(self.num_tokens - lacking)
         row = (
@@ -310,9 +307,7 @@ class _Decision:
             may &= table.is_both > 0
         compute_s = self.decode_lacking * figures.decode_s_per_token
         cost_s = self.itl_s + self.own_s + compute_s + self.step_s
-        gap_s = np.minimum(self.decode_lacking, table.chunk_tokens) * figures.decode_s_per_token
-        gap_s += self.step_s
-        cost_s += self.rules.model.harm_s(compute_s, gap_s, table.num_sequences)
+        cost_s += self.rules.model.harm_s(compute_s, self.step_s, table.num_sequences)
         won = best_of(Ballot(table, may, cost_s, self.query.tickets[:2]), policy.decode_keys)
         if won is None:
             return WaitCause.PREFILL_BUSY if self.alone else prefill_cause

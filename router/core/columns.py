@@ -25,7 +25,6 @@ _CHARGED = (
 _REPORTED = (
     "num_blocks", "per_block", "max_sequences", "per_sequence", "block_tokens", "max_context", "is_both",
     "empty_step_s", "row_s", "s_per_token", "kv_bytes_per_token", "link_s_per_byte", "link_fixed_s",
-    "chunk_tokens",
 )  # fmt: skip
 _COLUMNS = (*_CHARGED, *_REPORTED)
 _NUM_CHARGED = len(_CHARGED)
@@ -78,7 +77,6 @@ def row_of(worker: Worker, window_tokens: int) -> tuple[float, ...]:
         facts.kv_bytes_per_token,
         worker.link_s_per_byte,
         worker.link_fixed_s,
-        facts.chunk_tokens or math.inf,
     )
 
 
@@ -110,7 +108,6 @@ class WorkerTable:
     kv_bytes_per_token: Floats
     link_s_per_byte: Floats
     link_fixed_s: Floats
-    chunk_tokens: Floats
 
     def __init__(self, window_tokens: int) -> None:
         self.workers: tuple[Worker, ...] = ()

@@ -27,12 +27,11 @@ The transfer runs beside the computation; only what it takes longer is waited fo
 
 On a worker that decodes, each running answer waits for the prompt's chunks:
 
-    gap      = step + a chunk's tokens x seconds a token   of the prompt, where that is shorter
-    harm     = (n + 1) x compute x gap / slo_itl
+    harm     = (n + 1) x compute x (step + compute) / slo_itl
 
 A second of that weighs as much as the gap it makes is long, in ITL objectives. So a short prompt does next to no harm,
 and a long one goes to a worker that does nothing else, unless that is slow, far or busy. The one more stands for the
-answers that come while it computes. Staying on one worker is preferred where a handover is predicted to save little:
+answers that come while it computes: an idle D is no place for a long prompt either. Staying on one worker is preferred where a handover is predicted to save little:
 a tenth of the cost, or of the objective for the time to first token where that is less.
 
 What was not measured is the mean of the workers of the same identity that do the same work, then of all of that
@@ -167,10 +166,9 @@ class CostModel:
         """What a handover is to save of what staying on one worker costs."""
         return HANDOVER_GAIN * min(cost_s, self.slo_ttft_s)
 
-    def harm_s(self, compute_s: Number, gap_s: Number, num_sequences: Number) -> Number:
-        """What the answers on a worker suffer from a prompt that is computed beside them; `gap_s`: between two tokens
-        meanwhile."""
-        return (num_sequences + 1.0) * compute_s * gap_s / self.slo_itl_s
+    def harm_s(self, compute_s: Number, step_s: Number, num_sequences: Number) -> Number:
+        """What the answers on a worker suffer from a prompt that is computed beside them."""
+        return (num_sequences + 1.0) * compute_s * (step_s + compute_s) / self.slo_itl_s
 
 
 def _together(s_per_token: Floats) -> float:

@@ -80,8 +80,6 @@ class WorkerFacts:
     """Where prefill workers push to; what their measured links are named by."""
     kv_bytes_per_token: int = 0
     """Of cache, as it is stored there; 0 where it was not said."""
-    chunk_tokens: int = 0
-    """Of prompts, at most, in one engine step; 0 where it was not said: whole prompts."""
     key_identity: str = ""
     """What block keys of this worker begin with, beside the tenant's secret."""
 

@@ -35,9 +35,8 @@ def ref(name):
 class Fleet:
     """Prefill workers named p…, decode workers d…, workers that do both b…; all measured alike unless told."""
 
-    def __init__(self, names, policy="cost", window=WIDE_WINDOW, measured=True, chunk_tokens=0, **options):
+    def __init__(self, names, policy="cost", window=WIDE_WINDOW, measured=True, **options):
         self.state = PlacementState(POLICIES[policy], window, **options)
-        self.chunk_tokens = chunk_tokens
         self.num_keys = 0
         for name in names.split():
             self.join(name)
@@ -56,7 +55,6 @@ class Fleet:
             max_context=32_768,
             kv_address=f"{name}:1",
             kv_bytes_per_token=20_000,
-            chunk_tokens=self.chunk_tokens,
         )
         self.state.add(facts, WorkerState.SERVING)
 
@@ -193,7 +191,7 @@ def test_the_objective_for_latencies_between_tokens_says_how_much_harm_a_prompt_
 
 
 def test_a_handover_is_to_save_more_than_predictions_are_off_by():
-    fleet = Fleet("b d", chunk_tokens=128)
+    fleet = Fleet("b d")
     fleet.report("b", sequences=7, step_s=0.024)
     fleet.report("d", sequences=8, step_s=0.022)
     decision = fleet.decide(256)
@@ -203,18 +201,9 @@ def test_a_handover_is_to_save_more_than_predictions_are_off_by():
     assert fleet.place(256)[0] == "b"
 
 
-def test_chunks_make_a_long_prompt_less_harmful_beside_answers():
-    whole, chunked = Fleet("p d"), Fleet("p d", chunk_tokens=128)
-    for fleet in (whole, chunked):
-        fleet.report("d", sequences=1)
-        fleet.report("p", queued=3000)
-    assert whole.place(2048) == ("d", "p")
-    assert chunked.place(2048) == ("d", None)
-
-
 def test_a_worker_that_decodes_too_is_no_place_to_spare_a_decode_worker():
     """Its answers suffer as much from a prompt as those of the worker that would be spared."""
-    fleet = Fleet("b d", chunk_tokens=128)
+    fleet = Fleet("b d")
     for sequences in (0, 1, 8, 40):
         for name in ("b", "d"):
             fleet.report(name, sequences=sequences)
@@ -226,7 +215,7 @@ def test_a_worker_that_decodes_too_is_no_place_to_spare_a_decode_worker():
 
 
 def test_the_best_to_prefill_decodes_too_where_that_saves_the_way():
-    fleet = Fleet("b d", chunk_tokens=128)
+    fleet = Fleet("b d")
     fleet.report("b", sequences=2, queued=500)
     fleet.report("d", sequences=6)
     decision = fleet.decide(1000)
@@ -235,7 +224,7 @@ def test_the_best_to_prefill_decodes_too_where_that_saves_the_way():
 
 
 def test_work_spreads_evenly_over_a_worker_that_does_both_and_one_that_decodes():
-    fleet = Fleet("b d", chunk_tokens=128)
+    fleet = Fleet("b d")
     for tokens in (48, 2048):
         placed = [fleet.dispatch(tokens) for _ in range(6)]
         assert Counter(decision.decode for decision in placed) == {ref("b"): 3, ref("d"): 3}
@@ -243,7 +232,7 @@ def test_work_spreads_evenly_over_a_worker_that_does_both_and_one_that_decodes()
 
 
 def test_the_harm_done_is_no_part_of_the_time_to_first_token():
-    fleet = Fleet("b d", chunk_tokens=128)
+    fleet = Fleet("b d")
     fleet.report("b", sequences=2, free=0)
     fleet.report("d", sequences=40)
     decision = fleet.decide(512)
@@ -364,7 +353,7 @@ def test_where_answers_take_each_other_much_time_they_spread_though_one_worker_h
     """The prompt is handed over to an idle worker, or decoded where it is, by what its step gains."""
     cached = 1350
     for row_s, expected in ((0.0001, "b"), (0.01, "d")):
-        fleet = Fleet("b d", chunk_tokens=128)
+        fleet = Fleet("b d")
         fleet.report("b", sequences=7, line=(0.02, row_s))
         fleet.report("d", line=(0.02, row_s))
         assert fleet.place(1500, cached=[(fleet.mask("b"), cached)]) == (

@@ -118,7 +118,7 @@ class Identity(_message.Message):
     def __init__(self, weights_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., arithmetic: _Optional[str] = ..., layout: _Optional[str] = ..., handoff_major: _Optional[int] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "state", "identity", "kv_address", "block_tokens", "num_blocks", "max_sequences", "max_context", "invariant", "pid", "cpus", "protocol_version", "vocab_size", "key_identity", "kv_bytes_per_token", "direct_address", "chunk_tokens")
+    __slots__ = ("worker_id", "epoch", "role", "state", "identity", "kv_address", "block_tokens", "num_blocks", "max_sequences", "max_context", "invariant", "pid", "cpus", "protocol_version", "vocab_size", "key_identity", "kv_bytes_per_token", "direct_address")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -137,7 +137,6 @@ class WorkerHello(_message.Message):
     KEY_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DIRECT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: Role
@@ -156,8 +155,7 @@ class WorkerHello(_message.Message):
     key_identity: str
     kv_bytes_per_token: int
     direct_address: str
-    chunk_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., kv_address: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_context: _Optional[int] = ..., invariant: bool = ..., pid: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ..., vocab_size: _Optional[int] = ..., key_identity: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., direct_address: _Optional[str] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., identity: _Optional[_Union[Identity, _Mapping]] = ..., kv_address: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_context: _Optional[int] = ..., invariant: bool = ..., pid: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., protocol_version: _Optional[int] = ..., vocab_size: _Optional[int] = ..., key_identity: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., direct_address: _Optional[str] = ...) -> None: ...
 
 class GenerationTask(_message.Message):
     __slots__ = ("prompt_token_ids", "sampling", "eos_token_ids", "fidelity", "so_far", "resumable")
