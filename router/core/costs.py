@@ -31,8 +31,9 @@ On a worker that decodes, each running answer waits for the prompt's chunks:
 
 A second of that weighs as much as the gap it makes is long, in ITL objectives. So a short prompt does next to no harm,
 and a long one goes to a worker that does nothing else, unless that is slow, far or busy. The one more stands for the
-answers that come while it computes: an idle D is no place for a long prompt either. Staying on one worker is preferred where a handover is predicted to save little:
-a tenth of the cost, or of the objective for the time to first token where that is less.
+answers that come while it computes: an idle D is no place for a long prompt either. Staying on one worker is preferred
+where a handover is predicted to save little: a tenth of the cost, or of the objective for the time to first token where
+that is less.
 
 What was not measured is the mean of the workers of the same identity that do the same work, then of all of that
 identity, then a constant, which makes equal workers differ by their load alone. The pace of one that has not had a
