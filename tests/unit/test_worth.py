@@ -169,3 +169,11 @@ def test_speeds_are_read_out_newest_first_as_far_as_they_are_known() -> None:
         SourceSpeed("new", 4 << 20, 0.25),
         SourceSpeed("old", 4 << 20, 0.0),
     ]
+
+
+def test_the_last_few_tokens_of_a_prompt_count_as_few() -> None:
+    speeds = LoadSpeeds(lambda: 0.0)
+    for _ in range(5):
+        speeds.note_prefill(128, 0.064)
+        speeds.note_prefill(2, 0.006)  # six times as long a token
+    assert speeds.prefill_s_per_token == pytest.approx(0.0005, rel=0.2)
