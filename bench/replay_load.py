@@ -58,9 +58,12 @@ async def requests_per_s(client: AsyncClient, prompt_tokens: int, answer_tokens:
         async with lock:
             await ask(client, distinct_prompt(prompt_tokens, seed), answer_tokens)
 
-    await asyncio.gather(*(one(seed) for seed in range(CALIBRATION_REQUESTS)))
+    async def several(first_seed: int) -> None:
+        await asyncio.gather(*(one(first_seed + number) for number in range(CALIBRATION_REQUESTS)))
+
+    await several(0)
     began = time.perf_counter()
-    await asyncio.gather(*(one(CALIBRATION_REQUESTS + seed) for seed in range(CALIBRATION_REQUESTS)))
+    await several(CALIBRATION_REQUESTS)
     return CALIBRATION_REQUESTS / (time.perf_counter() - began)
 
 

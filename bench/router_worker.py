@@ -32,9 +32,8 @@ NUM_BLOCKS = 1 << 16
 MAX_SEQUENCES = 1024
 MAX_CACHED_BLOCKS = 4096
 STEP_S = 0.02  # what reports say, whatever the pace of the tokens
-PREFILL_S_PER_TOKEN = (
-    0.002  # likewise; so slow that a prompt is handed over rather than computed beside answers
-)
+PREFILL_S_PER_TOKEN = 0.002
+"""Likewise; so slow that a prompt is handed over rather than computed beside answers."""
 TOKEN_ID, TOKEN_TEXT = 200, " water"
 KEY_IDENTITY = "bench"
 

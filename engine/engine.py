@@ -321,8 +321,7 @@ class Engine:
                 for lease_id in deferred:
                     self.release(lease_id)
         step_s = self._clock() - began
-        prefill_s = self.scheduler.pace.prompts_s(plan.num_answer_tokens, plan.num_prefill_tokens, step_s)
-        self.scheduler.pace.observe(plan.num_answer_tokens, plan.num_prefill_tokens, step_s)
+        prefill_s = self.scheduler.pace.observe(plan.num_answer_tokens, plan.num_prefill_tokens, step_s)
         return StepResult(
             events=tuple(events),
             num_prefill_tokens=plan.num_prefill_tokens,

@@ -37,20 +37,17 @@ class StepPace:
         self._chunk_tokens = 0.0
         self._chunk_s = 0.0
 
-    def observe(self, num_rows: int, num_prompt_tokens: int, step_s: float) -> None:
-        """A step of so many rows of answers, guesses included, and so many tokens of prompts took so long."""
-        if num_prompt_tokens:
-            of_prompts = max(step_s - self.answers_s(num_rows), 0.0)
-            self._chunk_tokens = _FORGETS_CHUNKS * self._chunk_tokens + num_prompt_tokens
-            self._chunk_s = _FORGETS_CHUNKS * self._chunk_s + of_prompts
-        elif num_rows:
-            self._answers.add(num_rows, step_s)
-
-    def prompts_s(self, num_rows: int, num_prompt_tokens: int, step_s: float) -> float:
-        """Of such a step, what the prompts took beside the answers; 0 where that is not known."""
-        if not num_prompt_tokens or (num_rows and not self._answers.weight):
+    def observe(self, num_rows: int, num_prompt_tokens: int, step_s: float) -> float:
+        """A step of so many rows of answers, guesses included, and so many tokens of prompts took so long. Gives what
+        the prompts took beside the answers; 0 where that is not known."""
+        if not num_prompt_tokens:
+            if num_rows:
+                self._answers.add(num_rows, step_s)
             return 0.0
-        return max(step_s - self.answers_s(num_rows), 0.0)
+        of_prompts = max(step_s - self.answers_s(num_rows), 0.0)
+        self._chunk_tokens = _FORGETS_CHUNKS * self._chunk_tokens + num_prompt_tokens
+        self._chunk_s = _FORGETS_CHUNKS * self._chunk_s + of_prompts
+        return of_prompts if self._answers.weight or not num_rows else 0.0
 
     @property
     def row_s(self) -> float:

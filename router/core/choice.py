@@ -13,7 +13,7 @@ import numpy as np
 
 from router.core.candidates import CandidateRow, Shortlist
 from router.core.columns import Floats, Mask, WorkerTable, turn_tokens
-from router.core.costs import CostModel, Figures
+from router.core.costs import CostModel, Figures, step_on
 from router.core.fleet import Demand, Role, Worker
 from router.core.groups import NOBODY, Group
 from router.core.links import LinkTable
@@ -193,16 +193,16 @@ class _Decision:
         s_per_byte, fixed_s = self._links_into(decoder)
         num_bytes = self.untransferred.item(decoder) * figures.decode_kv_bytes.item(decoder)
         transfer_s = s_per_byte * num_bytes
-        cost_s = np.maximum(compute_s, transfer_s)  # the transfer runs beside the computation
-        cost_s += fixed_s
-        itl_s, step_s = self.itl_s.item(decoder), self.step_s.item(decoder)
-        idle_row = int(cost_s.argmin())
-        idle_ttft_s = cost_s.item(idle_row) * table.workers[idle_row].idle_part + step_s
-        cost_s += queue_s
-        cost_s += itl_s + step_s
-        harm_s = self._harm_of_prefill_s(compute_s) if table.num_both else None
-        if harm_s is not None:
-            cost_s += harm_s
+        ttft_s = np.maximum(compute_s, transfer_s)  # the transfer runs beside the computation
+        ttft_s += fixed_s
+        step_s = self.step_s.item(decoder)
+        idle_row = int(ttft_s.argmin())
+        idle_ttft_s = ttft_s.item(idle_row) * table.workers[idle_row].idle_part + step_s
+        ttft_s += queue_s
+        ttft_s += step_s
+        cost_s = ttft_s + self.itl_s.item(decoder)
+        if table.num_both:
+            cost_s += self._harm_of_prefill_s(compute_s)
         ballot = Ballot(table, may_prefill, cost_s, self.query.tickets[2:])
         won = best_of(ballot, self.rules.policy.prefill_keys)
         if won is None:
@@ -212,7 +212,7 @@ class _Decision:
             decoder=decoder,
             prefill=table.workers[won.row],
             cost_s=cost_s.item(won.row),
-            ttft_s=cost_s.item(won.row) - itl_s - (0.0 if harm_s is None else harm_s.item(won.row)),
+            ttft_s=ttft_s.item(won.row),
             idle_ttft_s=idle_ttft_s,
             cached_tokens=int(cached.item(won.row)),
             prefillers=Shortlist(
@@ -227,7 +227,7 @@ class _Decision:
     def _harm_of_prefill_s(self, compute_s: Floats) -> Floats:
         """To the answers of prefill workers that decode too."""
         table = self.prefillers
-        step_s = table.empty_step_s + table.row_s * (table.num_sequences + 1.0)
+        step_s = step_on(table, table.empty_step_s, table.row_s, 1)
         harm_s = self.rules.model.harm_s(compute_s, step_s, table.num_sequences)
         harm_s *= table.is_both
         return harm_s

@@ -154,9 +154,7 @@ class CostModel:
         self, figures: Figures, table: WorkerTable, num_choices: int, num_blocks: Floats | int
     ) -> tuple[Floats, Floats]:
         """A decode step with the request in it; and that, with the memory it is in, as a cost."""
-        step_s: Floats = table.num_sequences + num_choices
-        step_s *= figures.decode_row_s
-        step_s += figures.decode_step_s
+        step_s = step_on(table, figures.decode_step_s, figures.decode_row_s, num_choices)
         itl_s: Floats = table.per_block * num_blocks
         itl_s += table.fullness
         itl_s *= step_s
@@ -170,6 +168,14 @@ class CostModel:
     def harm_s(self, compute_s: Number, step_s: Number, num_sequences: Number) -> Number:
         """What the answers on a worker suffer from a prompt that is computed beside them."""
         return (num_sequences + 1.0) * compute_s * (step_s + compute_s) / self.slo_itl_s
+
+
+def step_on(table: WorkerTable, empty_s: Floats, row_s: Floats, num_choices: int) -> Floats:
+    """A step of each worker with so many sequences more, by the lines given."""
+    step_s: Floats = table.num_sequences + num_choices
+    step_s *= row_s
+    step_s += empty_s
+    return step_s
 
 
 def _together(s_per_token: Floats) -> float:

@@ -194,7 +194,7 @@ class Worker:
         """Whether the prompt is within its context."""
         return demand.num_prompt_tokens < self.facts.max_context
 
-    def steps_measured(self, first_row_s: float, row_s: float) -> bool:
+    def line_measured(self, first_row_s: float, row_s: float) -> bool:
         """Takes a report's line through its decode steps: one with a single answer, and what each more adds. False, and
         nothing changed, where it has none, or one that cannot be."""
         if not (0 < first_row_s <= MAX_STEP_S and 0 <= row_s <= first_row_s):

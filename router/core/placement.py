@@ -203,7 +203,7 @@ class PlacementState(Generic[K]):
         worker.foreign_prefill_tokens = max(0, queued_tokens - worker.prefill_tokens)
         worker.refused_until_s = 0.0
         worker.prefill_measured(prefill_s_per_token)
-        if not worker.steps_measured(first_row_s, row_s):
+        if not worker.line_measured(first_row_s, row_s):
             worker.step_measured(step_s, num_sequences)
         if links:
             worker.links_measured(links)

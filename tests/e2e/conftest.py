@@ -19,10 +19,13 @@ from tests.tiny_model import make_tiny_model
 
 COMMAND_TIMEOUT_S = 180.0
 PATIENCE_S = 90.0
-HEAD = "version: 1\nname: tiny\nmodel: {path: tiny}\nrouter: {grpc: '127.0.0.1:0'}\n"
-HANDED_OVER = HEAD.replace("'127.0.0.1:0'", "'127.0.0.1:0', policy: least-loaded")  # short prompts too
-SPLIT = HANDED_OVER + "prefill: {kv_memory: 64MiB}\ndecode: {kv_memory: 64MiB}\n"
-COLOCATED = HEAD + "colocated: {kv_memory: 64MiB}\n"
+HEAD = "version: 1\nname: tiny\nmodel: {path: tiny}\n"
+# By cost, short prompts would not be handed over.
+SPLIT = HEAD + (
+    "router: {grpc: '127.0.0.1:0', policy: least-loaded}\n"
+    "prefill: {kv_memory: 64MiB}\ndecode: {kv_memory: 64MiB}\n"
+)
+COLOCATED = HEAD + "router: {grpc: '127.0.0.1:0'}\ncolocated: {kv_memory: 64MiB}\n"
 
 
 @dataclass(frozen=True, slots=True)

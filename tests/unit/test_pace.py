@@ -64,10 +64,10 @@ def test_it_forgets() -> None:
 
 def test_of_a_step_with_answers_in_it_prompts_took_the_rest() -> None:
     pace = StepPace()
-    assert pace.prompts_s(0, 100, 0.2) == 0.2
-    assert pace.prompts_s(4, 100, 0.2) == 0.0  # nobody knows what its answers took
-    assert pace.prompts_s(4, 0, 0.2) == 0.0
+    assert pace.observe(0, 100, 0.2) == 0.2
+    assert pace.observe(4, 100, 0.2) == 0.0  # nobody knows what its answers took
+    assert pace.observe(4, 0, 0.2) == 0.0
     for rows in (1, 4) * 50:
         pace.observe(rows, 0, 0.01 * rows)
-    assert pace.prompts_s(4, 100, 0.2) == pytest.approx(0.16, rel=0.05)
-    assert pace.prompts_s(4, 100, 0.001) == 0.0
+    assert pace.observe(4, 100, 0.2) == pytest.approx(0.16, rel=0.05)
+    assert pace.observe(4, 100, 0.001) == 0.0

@@ -83,14 +83,20 @@ class Fleet:
         return placement
 
 
+def placed_beside_a_holder(fleet: Fleet, name: str, state: WorkerState) -> tuple[WorkerRef, Request]:
+    """A prefill worker that has four blocks of the prompt and takes none; the request is placed on another."""
+    holder, _ = fleet.join(name, Role.PREFILL), fleet.join("d", Role.DECODE)
+    request = fleet.request()
+    fleet.caches(holder, request, 4)
+    fleet.join("p", Role.PREFILL)
+    fleet.placement.set_state(holder, state)
+    assert fleet.dispatch(request).prefill == WorkerRef("p", 7)
+    return holder, request
+
+
 def test_who_has_more_of_the_prompt_is_named_as_a_source_though_it_takes_no_requests() -> None:
     fleet = Fleet()
-    leaving, _ = fleet.join("leaving", Role.PREFILL), fleet.join("d", Role.DECODE)
-    request = fleet.request()
-    fleet.caches(leaving, request, 4)
-    fleet.join("p", Role.PREFILL)
-    fleet.placement.set_state(leaving, WorkerState.KV_ONLY)
-    assert fleet.dispatch(request).prefill == WorkerRef("p", 7)
+    leaving, request = placed_beside_a_holder(fleet, "leaving", WorkerState.KV_ONLY)
     (source,) = fleet.placer.sources(request)
     assert (source.kv_address, source.epoch, source.cached_tokens) == ("leaving:1", 7, 64)
     fleet.placement.set_connected(leaving, False)
@@ -100,12 +106,7 @@ def test_who_has_more_of_the_prompt_is_named_as_a_source_though_it_takes_no_requ
 @pytest.mark.parametrize(("policy", "is_named"), [(name, name != "round-robin") for name in POLICIES])
 def test_a_policy_that_knows_nothing_of_caches_names_no_source(policy: str, is_named: bool) -> None:
     fleet = Fleet(policy)
-    holder, _ = fleet.join("holder", Role.PREFILL), fleet.join("d", Role.DECODE)
-    request = fleet.request()
-    fleet.caches(holder, request, 4)
-    fleet.join("p", Role.PREFILL)
-    fleet.placement.set_state(holder, WorkerState.NO_NEW)
-    assert fleet.dispatch(request).prefill == WorkerRef("p", 7)
+    _, request = placed_beside_a_holder(fleet, "holder", WorkerState.NO_NEW)
     assert bool(fleet.placer.sources(request)) is is_named
 
 
