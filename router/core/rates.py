@@ -9,6 +9,9 @@ STALE_S = 5.0
 """Without anybody waiting: how fast the cluster is when somebody does may have changed since, and if it serves all that
 is asked, what was seen before is no bound."""
 MIN_SERVICE_SAMPLES = 4
+MIN_BUSY_S = 0.25
+"""Two that came at once, and for whom there was room, leave at once: a few such say that the cluster is as quick as one
+likes."""
 
 
 class ArrivalRate:
@@ -91,6 +94,6 @@ class ServiceRate:
         """Tokens per second; None while too little was seen of late."""
         if not self._somebody_waits and now - self._sampled_s > STALE_S:
             return None
-        if self._num_samples < MIN_SERVICE_SAMPLES or not self._busy_s or not self._tokens:
+        if self._num_samples < MIN_SERVICE_SAMPLES or self._busy_s < MIN_BUSY_S or not self._tokens:
             return None
         return self._tokens / self._busy_s
