@@ -26,7 +26,7 @@ from bench.side_by_side import apart
 from cluster.profile import parse_profile
 from headrace import AsyncClient
 
-ROUNDS = 2
+ROUNDS = 4
 TIMES_IDLE_TTFT = 5.0
 TIMES_IDLE_ITL = 3.0
 COLOCATED, SPLIT, DEFAULT = "colocated", "disaggregated", "default"

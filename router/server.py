@@ -25,6 +25,7 @@ from router.core.placement import POLICIES, PlacementState
 from router.core.queue import TokenQueue
 from router.core.shedding import Shedder
 from router.core.tenants import TenantLimits
+from router.core.warm_up import warm_up
 from router.direct import DirectSources
 from router.dispatcher import Dispatcher
 from router.errors import guarded
@@ -91,6 +92,7 @@ class RouterServer:
         Raises:
             ValueError: the model directory is not one that `headrace model prepare` wrote.
         """
+        warm_up()
         self._config = config
         self._tokenizer = tokenizer if tokenizer is not None else ModelTokenizer.open(config.model_dir)
         self._model = model if model is not None else ModelFacts.read(config)

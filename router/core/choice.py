@@ -13,12 +13,22 @@ import numpy as np
 
 from router.core.candidates import CandidateRow, Shortlist
 from router.core.columns import Floats, Mask, WorkerTable, turn_tokens
-from router.core.costs import CostModel, Figures, step_on
+from router.core.costs import CostModel, Figures
 from router.core.fleet import Demand, Role, Worker
 from router.core.groups import NOBODY, Group
 from router.core.links import LinkTable
 from router.core.outcomes import Choice, Placement, WaitCause
 from router.core.policies import Ballot, Policy, Winner, best_of
+from router.core.weighing import (
+    DECODE_S_PER_TOKEN,
+    KV_BYTES,
+    NO_WAY,
+    NUM_DECODE_FINDINGS,
+    NUM_PREFILL_FINDINGS,
+    weigh_decoders,
+    weigh_prefillers,
+    who_may_prefill,
+)
 
 ABSENT = (WaitCause.NO_WORKERS, WaitCause.TOO_LARGE)
 _ORDER = list(WaitCause)
@@ -88,14 +98,12 @@ class _Decision:
         self.decoders = group.decoders
         self.prefillers = group.prefillers
         self.num_tokens = query.demand.num_prompt_tokens
-        self.prefill_cached = query.cached.take(self.prefillers.slots)
-        self.decode_cached = query.cached.take(self.decoders.slots)
 
     def outcome(self) -> Choice | WaitCause:
-        may_decode = self._who_may_decode()
-        may_prefill = self._who_may_prefill()
-        decode_cause = None if np.count_nonzero(may_decode) else self._why_none_decodes()
-        prefill_cause = None if np.count_nonzero(may_prefill) else self._why_none_prefills()
+        may_decode, num_decode = self._weigh_decoders()
+        may_prefill, num_prefill = self._who_may_prefill(self.query.regardless)
+        decode_cause = None if num_decode else self._why_none_decodes()
+        prefill_cause = None if num_prefill else self._why_none_prefills()
         self.weighs_local = self.rules.policy.heeds_costs and self.figures.is_measured
         self.alone = self.rules.local_prefill and (self.weighs_local or prefill_cause in ABSENT)
         if decode_cause is not None:
@@ -103,54 +111,63 @@ class _Decision:
             if prefill_cause is not None and not self.alone:
                 causes.append(prefill_cause)
             return min(causes, key=_ORDER.index)
-        self._weigh_decoders()
         if prefill_cause is None:
             return self._beside_prefill_workers(may_decode, may_prefill)
         return self._by_themselves(may_decode, prefill_cause)
 
     # --- who may -----------------------------------------------------------------------------------------
 
-    def _who_may_decode(self) -> Mask:
-        table, demand = self.decoders, self.query.demand
-        self.num_blocks = table.blocks_of(demand)
-        if self.query.regardless:
-            return self._who_could_decode()
-        may: Mask = table.credits >= self.num_blocks
-        may &= table.room >= demand.num_choices
-        if self.query.now < table.latest_refusal_s:
-            may &= table.refused_until_s <= self.query.now
-        if demand.max_total_tokens > table.min_context:
-            may &= table.max_context >= demand.max_total_tokens
-        return _without(may, table, self.query.avoid_decode)
+    def _weigh_decoders(self) -> tuple[Mask, int]:
+        """Who may decode, how many they are, and what it would cost there."""
+        table, query, demand = self.decoders, self.query, self.query.demand
+        landed = None if query.prefer is None else table.place_of(query.prefer)
+        # What landed there need not travel again, but how much of it is of use to compute on is not known.
+        self.landed_row = -1 if landed is None else landed
+        may = np.empty(len(table), np.bool_)
+        found = np.empty((NUM_DECODE_FINDINGS, len(table)))
+        num_may = weigh_decoders(
+            table.rows,
+            self.figures.decode,
+            table.slots,
+            query.cached,
+            self.num_tokens,
+            demand.num_choices,
+            demand.max_total_tokens,
+            query.now,
+            self.landed_row,
+            self.rules.model.ttft_per_itl,
+            query.regardless,
+            may,
+            found,
+        )
+        (
+            self.decode_cost_s,
+            self.step_s,
+            self.itl_s,
+            self.own_s,
+            self.carried_s,
+            self.decode_lacking,
+            self.decode_cached,
+        ) = found
+        return _without(may, num_may, table, query.avoid_decode)
 
-    def _who_could_decode(self) -> Mask:
-        table, demand = self.decoders, self.query.demand
-        could: Mask = table.num_blocks >= self.num_blocks
-        could &= table.max_sequences >= demand.num_choices
-        could &= table.max_context >= demand.max_total_tokens
-        return _without(could, table, self.query.avoid_decode)
-
-    def _who_may_prefill(self) -> Mask:
+    def _who_may_prefill(self, regardless: bool) -> tuple[Mask, int]:
+        """And how many they are; `regardless`: as though they had nothing else to prefill."""
         table = self.prefillers
-        self.prefill_lacking = self.num_tokens - self.prefill_cached
-        if self.query.regardless:
-            return self._who_could_prefill()
-        may: Mask = self.prefill_lacking <= table.turn_tokens
-        if self.num_tokens >= table.min_context:
-            may &= table.max_context > self.num_tokens
-        return _without(may, table, self.query.avoid_prefill)
-
-    def _who_could_prefill(self) -> Mask:
-        could: Mask = self.prefillers.max_context > self.num_tokens
-        return _without(could, self.prefillers, self.query.avoid_prefill)
+        may = np.empty(len(table), np.bool_)
+        num_may = who_may_prefill(
+            table.rows, table.slots, self.query.cached, self.num_tokens, regardless, may
+        )
+        return _without(may, num_may, table, self.query.avoid_prefill)
 
     def _why_none_decodes(self) -> WaitCause:
-        if np.count_nonzero(self._who_could_decode()):
+        demand, avoid = self.query.demand, self.query.avoid_decode
+        if any(w.could_decode(demand) for w in self.decoders.workers if w.slot not in avoid):
             return WaitCause.NO_CREDIT
-        return self._absence(lambda w: w.decodes, Worker.could_decode, self.query.avoid_decode)
+        return self._absence(lambda w: w.decodes, Worker.could_decode, avoid)
 
     def _why_none_prefills(self) -> WaitCause:
-        if np.count_nonzero(self._who_could_prefill()):
+        if self._who_may_prefill(regardless=True)[1]:
             return WaitCause.PREFILL_BUSY
         return self._absence(lambda w: w.prefills, Worker.could_prefill, self.query.avoid_prefill)
 
@@ -167,53 +184,40 @@ class _Decision:
 
     # --- what it costs -----------------------------------------------------------------------------------
 
-    def _weigh_decoders(self) -> None:
-        table, figures, model = self.decoders, self.figures, self.rules.model
-        num_choices = self.query.demand.num_choices
-        self.step_s, self.itl_s = model.step_and_itl_s(figures, table, num_choices, self.num_blocks)
-        self.own_s: Floats = table.tokens_ahead * figures.decode_s_per_token
-        self.decode_lacking = self.num_tokens - self.decode_cached
-        self.untransferred = self.decode_lacking
-        prefer = self.query.prefer
-        place = None if prefer is None else table.place_of(prefer)
-        if place is not None:
-            # What landed there need not travel again, but how much of it is of use to compute on is not known.
-            self.untransferred = self.decode_lacking.copy()
-            self.untransferred[place] = 0.0
-        self.carried_s = self.untransferred * figures.decode_carried_s
-
     def _remote(self, decoder: int, may_prefill: Mask) -> _Option | None:
         """The best prefill worker for a decode worker. One that does both prefills for itself and for pure decode
         workers, not for its own kind: colocated workers side by side stay colocated."""
-        table, figures = self.prefillers, self.figures
+        table, address = self.prefillers, self.decoders.workers[decoder].facts.kv_address
         if self.decoders.workers[decoder].facts.role is Role.BOTH and table.num_both:
             may_prefill = may_prefill & (table.is_both == 0)
-        queue_s: Floats = table.tokens_ahead * figures.prefill_s_per_token
-        compute_s = self.prefill_lacking * figures.prefill_s_per_token
-        s_per_byte, fixed_s = self._links_into(decoder)
-        num_bytes = self.untransferred.item(decoder) * figures.decode_kv_bytes.item(decoder)
-        transfer_s = s_per_byte * num_bytes
-        ttft_s = np.maximum(compute_s, transfer_s)  # the transfer runs beside the computation
-        ttft_s += fixed_s
-        step_s = self.step_s.item(decoder)
-        idle_row = int(ttft_s.argmin())
-        idle_ttft_s = ttft_s.item(idle_row) * table.workers[idle_row].idle_part + step_s
-        ttft_s += queue_s
-        ttft_s += step_s
-        cost_s = ttft_s + self.itl_s.item(decoder)
-        if table.num_both:
-            cost_s += self._harm_of_prefill_s(compute_s)
+        to_travel = 0.0 if decoder == self.landed_row else self.decode_lacking.item(decoder)
+        way = self.links.into(address, len(self.query.cached))
+        found = np.empty((NUM_PREFILL_FINDINGS, len(table)))
+        idle_row = weigh_prefillers(
+            table.rows,
+            self.figures.prefill,
+            table.slots,
+            self.query.cached,
+            NO_WAY if way is None else way,
+            self.num_tokens,
+            to_travel * self.figures.decode.item(KV_BYTES, decoder),
+            self.step_s.item(decoder),
+            self.itl_s.item(decoder),
+            self.rules.model.slo_itl_s,
+            found,
+        )
+        cost_s, ttft_s, queue_s, alone_s, compute_s, transfer_s, cached = found
         ballot = Ballot(table, may_prefill, cost_s, self.query.tickets[2:])
         won = best_of(ballot, self.rules.policy.prefill_keys)
         if won is None:
             return None
-        cached = self.prefill_cached
+        idle_s = alone_s.item(idle_row) * table.workers[idle_row].idle_part + self.step_s.item(decoder)
         return _Option(
             decoder=decoder,
             prefill=table.workers[won.row],
             cost_s=cost_s.item(won.row),
             ttft_s=ttft_s.item(won.row),
-            idle_ttft_s=idle_ttft_s,
+            idle_ttft_s=idle_s,
             cached_tokens=int(cached.item(won.row)),
             prefillers=Shortlist(
                 table,
@@ -223,24 +227,6 @@ class _Decision:
                 self._why_not_prefill,
             ),
         )
-
-    def _harm_of_prefill_s(self, compute_s: Floats) -> Floats:
-        """To the answers of prefill workers that decode too."""
-        table = self.prefillers
-        step_s = step_on(table, table.empty_step_s, table.row_s, 1)
-        harm_s = self.rules.model.harm_s(compute_s, step_s, table.num_sequences)
-        harm_s *= table.is_both
-        return harm_s
-
-    def _links_into(self, decoder: int) -> tuple[Floats, Floats]:
-        table, figures = self.prefillers, self.figures
-        address = self.decoders.workers[decoder].facts.kv_address
-        way = self.links.into(address, len(self.query.cached))
-        if way is None:
-            return figures.link_s_per_byte, figures.link_fixed_s
-        speeds = way.take(table.slots, axis=1)
-        np.copyto(speeds, figures.links, where=speeds < 0)
-        return speeds[0], speeds[1]
 
     def _may_prefill_itself(self, decoder: int) -> bool:
         worker = self.decoders.workers[decoder]
@@ -254,7 +240,7 @@ class _Decision:
         worker = self.decoders.workers[decoder]
         lacking = self.decode_lacking.item(decoder)
         step_s, own_s = self.step_s.item(decoder), self.own_s.item(decoder)
-        compute_s = lacking * self.figures.decode_s_per_token.item(decoder)
+        compute_s = lacking * self.figures.decode.item(DECODE_S_PER_TOKEN, decoder)
         ttft_s = own_s + compute_s + step_s
         harm_s = self.rules.model.harm_s(compute_s, step_s, float(worker.num_sequences))
         cost_s = ttft_s + self.itl_s.item(decoder) + harm_s
@@ -275,9 +261,7 @@ class _Decision:
         if table.num_both and not np.count_nonzero(may_prefill & (self.prefillers.is_both == 0)):
             # Those that do both have only themselves to prefill for them.
             may = may & ((table.is_both == 0) | self._have_turn_themselves())
-        cost_s = self.itl_s + self.own_s
-        cost_s += self.carried_s
-        won = best_of(Ballot(table, may, cost_s, self.query.tickets[:2]), policy.decode_keys)
+        won = best_of(Ballot(table, may, self.decode_cost_s, self.query.tickets[:2]), policy.decode_keys)
         if won is None:
             return WaitCause.PREFILL_BUSY
         remote = self._remote(won.row, may_prefill)
@@ -285,7 +269,7 @@ class _Decision:
         if policy.heeds_costs:
             itself |= self._others_to_do_both(remote, may)
         local = [self._local(decoder) for decoder in sorted(itself) if self._may_prefill_itself(decoder)]
-        return self._choice(won, cost_s, remote, local)
+        return self._choice(won, self.decode_cost_s, remote, local)
 
     def _others_to_do_both(self, remote: _Option | None, may: Mask) -> set[int]:
         """Decode workers, beside the best to decode, that may be the best to prefill and decode: the one that holds
@@ -305,7 +289,7 @@ class _Decision:
         may = may_decode & self._have_turn_themselves()
         if not self.alone:
             may &= table.is_both > 0
-        compute_s = self.decode_lacking * figures.decode_s_per_token
+        compute_s = self.decode_lacking * figures.decode[DECODE_S_PER_TOKEN]
         cost_s = self.itl_s + self.own_s + compute_s + self.step_s
         cost_s += self.rules.model.harm_s(compute_s, self.step_s, table.num_sequences)
         won = best_of(Ballot(table, may, cost_s, self.query.tickets[:2]), policy.decode_keys)
@@ -313,7 +297,7 @@ class _Decision:
             return WaitCause.PREFILL_BUSY if self.alone else prefill_cause
         local, remote = self._local(won.row), None
         if self.weighs_local and prefill_cause is WaitCause.PREFILL_BUSY:
-            remote = self._remote(won.row, self._who_could_prefill())
+            remote = self._remote(won.row, self._who_may_prefill(regardless=True)[0])
             if remote is not None and remote.cost_s <= local.cost_s:
                 return WaitCause.PREFILL_BUSY
         return self._choice(won, cost_s, remote, [local], must_be_local=True)
@@ -411,9 +395,10 @@ class _Decision:
         return "prefills for itself and for workers that only decode"
 
 
-def _without(mask: Mask, table: WorkerTable, slots: Set[int]) -> Mask:
+def _without(may: Mask, num_may: int, table: WorkerTable, slots: Set[int]) -> tuple[Mask, int]:
     for slot in slots:
         place = table.place_of(slot)
         if place is not None:
-            mask[place] = False
-    return mask
+            num_may -= int(may[place])
+            may[place] = False
+    return may, num_may

@@ -66,34 +66,17 @@ Number = TypeVar("Number", float, Floats)
 class Figures:
     """Speeds of one identity's workers, nothing unknown: arrays by row of the table that they are of."""
 
-    decode_step_s: Floats
-    """Of an empty batch."""
-    decode_row_s: Floats
-    """What a sequence adds to it."""
-    decode_s_per_token: Floats
-    decode_kv_bytes: Floats
-    """A token's."""
-    decode_carried_s: Floats
-    """What a token takes to get there over a link of the mean speed."""
-    prefill_s_per_token: Floats
-    links: Floats
-    """[2, rows]: a prefill worker's mean seconds a byte, and fixed seconds, for links that were not measured."""
+    decode: Floats
+    """[5, rows]: a step of an empty batch, what a sequence adds to it, seconds a prompt token, a token's bytes, and
+    what it takes to get there over a link of the mean speed."""
+    prefill: Floats
+    """[3, rows]: seconds a prompt token; of links that were not measured, seconds a byte and fixed seconds."""
     is_measured: bool
     """Whether steps and prefill both rest on a measurement of some worker."""
     prefill_tokens_per_s: float
     """Of all prefill workers together; 0 where nothing is measured."""
     decode_tokens_per_s: float
     """The same of workers that only decode, were they to prefill."""
-
-    @property
-    def link_s_per_byte(self) -> Floats:
-        s_per_byte: Floats = self.links[0]
-        return s_per_byte
-
-    @property
-    def link_fixed_s(self) -> Floats:
-        fixed_s: Floats = self.links[1]
-        return fixed_s
 
 
 def figures_of(decoders: WorkerTable, prefillers: WorkerTable, num_placed: int) -> Figures:
@@ -103,10 +86,7 @@ def figures_of(decoders: WorkerTable, prefillers: WorkerTable, num_placed: int) 
     is_linked = s_per_byte > 0
     num_linked = int(np.count_nonzero(is_linked))
     mean_s_per_byte = float(s_per_byte.sum()) / num_linked if num_linked else 1.0 / DEFAULT_LINK_BYTES_PER_S
-    links = np.stack((s_per_byte, fixed_s))
-    if num_linked < len(prefillers):
-        mean_fixed_s = float(fixed_s[is_linked].mean()) if num_linked else DEFAULT_LINK_FIXED_S
-        links[:, ~is_linked] = [[mean_s_per_byte], [mean_fixed_s]]
+    mean_fixed_s = float(fixed_s[is_linked].mean()) if num_linked else DEFAULT_LINK_FIXED_S
     kv_bytes = _filled(decoders.kv_bytes_per_token, DEFAULT_KV_BYTES_PER_TOKEN)
     decode_s_per_token = _of_late(decoders, num_placed, prefillers)
     prefill_s_per_token = _of_late(prefillers, num_placed, decoders)
@@ -114,13 +94,16 @@ def figures_of(decoders: WorkerTable, prefillers: WorkerTable, num_placed: int) 
         _is_known(decoders.s_per_token) or _is_known(prefillers.s_per_token)
     )
     return Figures(
-        decode_step_s=step_s,
-        decode_row_s=_rows_filled(decoders),
-        decode_s_per_token=decode_s_per_token,
-        decode_kv_bytes=kv_bytes,
-        decode_carried_s=kv_bytes * mean_s_per_byte,
-        prefill_s_per_token=prefill_s_per_token,
-        links=links,
+        decode=np.stack(
+            (step_s, _rows_filled(decoders), decode_s_per_token, kv_bytes, kv_bytes * mean_s_per_byte)
+        ),
+        prefill=np.stack(
+            (
+                prefill_s_per_token,
+                np.where(is_linked, s_per_byte, mean_s_per_byte),
+                np.where(is_linked, fixed_s, mean_fixed_s),
+            )
+        ),
         is_measured=is_measured,
         prefill_tokens_per_s=_together(prefill_s_per_token) if is_measured else 0.0,
         decode_tokens_per_s=_together(decode_s_per_token[decoders.is_both == 0]) if is_measured else 0.0,
@@ -150,17 +133,6 @@ class CostModel:
         """Seconds of time to first token that weigh as much as one between tokens."""
         return self.slo_ttft_s / self.slo_itl_s
 
-    def step_and_itl_s(
-        self, figures: Figures, table: WorkerTable, num_choices: int, num_blocks: Floats | int
-    ) -> tuple[Floats, Floats]:
-        """A decode step with the request in it; and that, with the memory it is in, as a cost."""
-        step_s = step_on(table, figures.decode_step_s, figures.decode_row_s, num_choices)
-        itl_s: Floats = table.per_block * num_blocks
-        itl_s += table.fullness
-        itl_s *= step_s
-        itl_s *= self.ttft_per_itl
-        return step_s, itl_s
-
     def least_gain_s(self, cost_s: float) -> float:
         """What a handover is to save of what staying on one worker costs."""
         return HANDOVER_GAIN * min(cost_s, self.slo_ttft_s)
@@ -168,14 +140,6 @@ class CostModel:
     def harm_s(self, compute_s: Number, step_s: Number, num_sequences: Number) -> Number:
         """What the answers on a worker suffer from a prompt that is computed beside them."""
         return (num_sequences + 1.0) * compute_s * (step_s + compute_s) / self.slo_itl_s
-
-
-def step_on(table: WorkerTable, empty_s: Floats, row_s: Floats, num_choices: int) -> Floats:
-    """A step of each worker with so many sequences more, by the lines given."""
-    step_s: Floats = table.num_sequences + num_choices
-    step_s *= row_s
-    step_s += empty_s
-    return step_s
 
 
 def _together(s_per_token: Floats) -> float:
@@ -213,7 +177,7 @@ def _rows_filled(decoders: WorkerTable) -> Floats:
     if num_known == len(known):
         return decoders.row_s
     if not num_known:
-        return DEFAULT_STEP_S * decoders.per_sequence
+        return DEFAULT_STEP_S / decoders.max_sequences
     return np.where(known, decoders.row_s, decoders.row_s.sum() / num_known)
 
 

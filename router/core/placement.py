@@ -23,7 +23,7 @@ from random import Random
 from typing import Generic, TypeVar
 
 from router.core.choice import ABSENT, Query, Rules, choose
-from router.core.columns import MAX_PREFILL_PROMPTS, tokens_by_slot
+from router.core.columns import MAX_PREFILL_PROMPTS
 from router.core.costs import CostModel
 from router.core.fleet import (
     MAX_QUEUED_TOKENS,
@@ -40,6 +40,7 @@ from router.core.groups import NOBODY, Group
 from router.core.links import LinkTable
 from router.core.outcomes import Choice, Placement, Wait, WaitCause
 from router.core.policies import POLICIES, Policy
+from router.core.weighing import tokens_by_slot
 
 __all__ = ["MAX_PREFILL_PROMPTS", "POLICIES", "Placement", "PlacementState", "Policy", "Wait", "WaitCause"]
 
