@@ -170,6 +170,18 @@ def test_the_service_rate_follows_a_change():
     assert rate.per_s(50.0) == pytest.approx(25, rel=0.05)
 
 
+def test_those_who_come_at_once_and_leave_at_once_say_nothing_of_the_rate_of_service():
+    rate = ServiceRate()
+    for number in range(20):
+        rate.took(2 * number, 500, number)
+        rate.took(2 * number + 1, 500, number + 0.001)  # there was room for both
+        rate.emptied()
+    assert rate.per_s(20.0) is None
+    for tenth in range(200):
+        rate.took(100 + tenth, 500, 20 + tenth / 10)
+    assert rate.per_s(40.0) == pytest.approx(5_000, rel=0.05)
+
+
 def test_a_service_rate_is_no_bound_any_more_once_nobody_has_waited_for_a_while():
     rate = ServiceRate()
     for number in range(100):
