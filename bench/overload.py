@@ -148,11 +148,7 @@ async def _under_load(
             goodputs[rate] = figures.goodput(outcomes, slo_s, durations.step_s)
         best_rate = figures.best_rate(goodputs)
         at_best = await offered(30, best_rate, durations.measured_s)
-        capacity = figures.goodput(at_best, slo_s, durations.measured_s)
-        if not capacity:
-            raise ClusterError(
-                "nothing was answered within the service level: there is no goodput to compare"
-            )
+        capacity = _goodput(at_best, slo_s, durations.measured_s)
         beyond = await offered(31, OVERLOAD * capacity, durations.measured_s)
     steps = {f"goodput_at_{rate / idle.requests_per_s:.2f}": goodput for rate, goodput in goodputs.items()}
     return {
@@ -168,10 +164,8 @@ async def _under_load(
 
 def compared(at_best: list[Outcome], beyond: list[Outcome], slo_s: float, seconds: float) -> dict[str, float]:
     """What the overload is judged by, and what explains it."""
-    goodput = [figures.goodput(each, slo_s, seconds) for each in (at_best, beyond)]
+    goodput = [_goodput(each, slo_s, seconds) for each in (at_best, beyond)]
     tokens = [figures.goodput_tokens(each, slo_s, seconds) for each in (at_best, beyond)]
-    if not all(goodput):
-        raise ClusterError("nothing was answered within the service level: there is no goodput to compare")
     errors = figures.share_errors(figures.service(beyond, seconds), WEIGHTS)
     return {
         "goodput_1x": goodput[0],
@@ -187,6 +181,14 @@ def compared(at_best: list[Outcome], beyond: list[Outcome], slo_s: float, second
         **figures.causes(at_best, "1x"),
         **figures.causes(beyond, "3x"),
     }
+
+
+def _goodput(outcomes: list[Outcome], slo_s: float, seconds: float) -> float:
+    """Raises ClusterError where there is none."""
+    goodput = figures.goodput(outcomes, slo_s, seconds)
+    if not goodput:
+        raise ClusterError("nothing was answered within the service level: there is no goodput to compare")
+    return goodput
 
 
 def _whole(outcomes: list[Outcome]) -> list[Outcome]:

@@ -138,8 +138,13 @@ class CostModel:
         return HANDOVER_GAIN * min(cost_s, self.slo_ttft_s)
 
     def harm_s(self, compute_s: Number, step_s: Number, num_sequences: Number) -> Number:
-        """What the answers on a worker suffer from a prompt that is computed beside them."""
-        return (num_sequences + 1.0) * compute_s * (step_s + compute_s) / self.slo_itl_s
+        """As the function, by this objective."""
+        return harm_s(compute_s, step_s, num_sequences, self.slo_itl_s)
+
+
+def harm_s(compute_s: Number, step_s: Number, num_sequences: Number, slo_itl_s: float) -> Number:
+    """What the answers on a worker suffer from a prompt that is computed beside them."""
+    return (num_sequences + 1.0) * compute_s * (step_s + compute_s) / slo_itl_s
 
 
 def _together(s_per_token: Floats) -> float:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvtransfer.compiled import compiled
 from router.core.columns import COLUMNS, Floats, Mask
+from router.core.costs import harm_s
 
 Slots = NDArray[np.intp]
 Words = NDArray[np.uint64]
@@ -32,6 +33,8 @@ PREFILL_S_PER_TOKEN, LINK_S_PER_BYTE, LINK_FIXED_S = range(3)
 NUM_DECODE_FINDINGS, NUM_PREFILL_FINDINGS = 7, 7
 NO_WAY: Floats = np.empty((2, 0))
 _WORD_BITS = 64
+
+_harm_s = compiled(harm_s, counts_references=False)
 
 
 def _weigh_decoders(
@@ -128,8 +131,9 @@ def _weigh_prefillers(
         ttft_s = queue_s + alone_s + step_s
         cost_s = ttft_s + itl_s
         if table[_IS_BOTH, row]:
-            own_step_s = table[_EMPTY_STEP_S, row] + table[_ROW_S, row] * (table[_NUM_SEQUENCES, row] + 1.0)
-            cost_s += (table[_NUM_SEQUENCES, row] + 1.0) * compute_s * (own_step_s + compute_s) / slo_itl_s
+            running = table[_NUM_SEQUENCES, row]
+            own_step_s = table[_EMPTY_STEP_S, row] + table[_ROW_S, row] * (running + 1.0)
+            cost_s += _harm_s(compute_s, own_step_s, running, slo_itl_s)
         found[0, row] = cost_s
         found[1, row] = ttft_s
         found[2, row] = queue_s
