@@ -61,10 +61,15 @@ class Gate:
         assert request.demand is not None
         num_tokens = request.demand.num_prompt_tokens
         shares = self._shares.setdefault(request.priority, Shares())
-        shares.asked(tenant.name, tenant.weight, num_tokens, now, self._service_rate)
-        failure = self._ahead(shares, tenant, now) or self._not_now(request, tenant, now)
+        shares.asked(tenant.name, tenant.weight, num_tokens, now)
+        failure = self._ahead(shares, tenant, now)
+        if failure is not None:
+            return failure
+        failure = self._not_now(request, tenant, now)
         if failure is None:
             shares.admitted(tenant.name, num_tokens)
+        elif failure.code is Code.RESOURCE_EXHAUSTED:
+            shares.refused(num_tokens)
         return failure
 
     def _not_now(self, request: Request, tenant: Tenant, now: float) -> Failure | None:

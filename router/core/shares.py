@@ -4,9 +4,9 @@ A line shares by weight what waits in it (`queue`). With a service level of a fe
 wait: whoever meets an empty line gets in, and what is served follows what is asked, not the weights. So a ledger
 follows the line that would be if nobody were refused: each time something is served, as many tokens are credited, by
 weight, to those who asked lately, as far as they asked. A tenant's balance is what it was credited less what it was
-served. Who is in debt is held back while somebody with a credit asks; nobody else is, and nothing is held back
-before a good deal more is asked for than can be served: until then to serve whoever comes is worth more. What is
-refused would not tell that: who is held back is refused too.
+served. Who is in debt is held back while somebody with a credit asks; nobody else is, and nobody is before a third
+of what is asked finds no room: until then to serve whoever comes is worth more. Who is held back counts neither as
+asking for room nor as refused it, or holding back would be its own reason.
 
 This is weighted max-min fairness with what was really served as its capacity: to whom less was offered than is due
 the rest goes. Balances sum to zero, fade, and are of the requests of one priority. Pure; `now` in seconds.
@@ -19,10 +19,9 @@ FADE_S = 20.0
 ASKED_LATELY_S = 3.0
 """How fast what was asked, and not served, is forgotten."""
 ASKING_S = 1.0
-CONTENDED_LOAD, WATCHED_LOAD = 1.4, 1.2
-"""Of what can be served: from the one on shares matter, from the other on accounts are kept."""
-NUM_REQUESTS = 64  # over which the load is averaged
-MAX_GAP = 4.0  # between two requests, in mean service times: what is longer says no more
+CONTENDED, WATCHED = 1.5, 1.2
+"""Of scarcity: from the one on shares matter, from the other on accounts are kept."""
+NUM_REQUESTS = 64  # that scarcity and the mean size are averaged over
 NUM_ALLOWED = 0.5
 """Debt in requests of mean size: they come whole."""
 MAX_TENANTS = 1024
@@ -39,29 +38,23 @@ class _Account:
     answered: float = 0.0  # since others were credited for it
 
 
-class OfferedLoad:
-    """What was asked of late, to what can be served: the mean service time of requests to the mean gap between them."""
+class Scarcity:
+    """What was asked of late to what was let in, of those whom nobody held back for their share."""
 
     def __init__(self) -> None:
-        self._service_s = self._gap_s = 0.0
-        self._last_s = -math.inf
+        self._asked = self._let_in = 0.0  # means over requests, in tokens
 
     @property
     def ratio(self) -> float:
-        """1 until something is known."""
-        return self._service_s / self._gap_s if self._gap_s else 1.0
+        """1 where there is room for all."""
+        return self._asked / max(self._let_in, MIN_TOKENS) if self._asked else 1.0
 
-    def asked(self, num_tokens: int, now: float, tokens_per_s: float | None) -> None:
-        """A request has come; so many tokens can be served a second, where that is known."""
-        gap_s, self._last_s = now - self._last_s, now
-        if not tokens_per_s:
-            return
-        service_s = num_tokens / tokens_per_s
-        if gap_s > FADE_S or not self._gap_s:
-            self._service_s = self._gap_s = service_s
-            return
-        self._service_s += (service_s - self._service_s) / NUM_REQUESTS
-        self._gap_s += (min(gap_s, MAX_GAP * self._service_s) - self._gap_s) / NUM_REQUESTS
+    def judged(self, num_tokens: int, is_let_in: bool) -> None:
+        """Whether there was room for a request."""
+        if not self._asked:
+            self._asked = self._let_in = num_tokens  # a first refusal is no scarcity yet
+        self._asked += (num_tokens - self._asked) / NUM_REQUESTS
+        self._let_in += ((num_tokens if is_let_in else 0) - self._let_in) / NUM_REQUESTS
 
 
 class Shares:
@@ -69,20 +62,20 @@ class Shares:
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
-        self._load = OfferedLoad()
+        self._scarcity = Scarcity()
         self._mean_tokens = 0.0  # of a prompt
         self._prompt_tokens = self._answer_tokens = 0.0  # served of late
         self._now = 0.0
 
     @property
     def is_watching(self) -> bool:
-        """Whether enough is asked for that it may soon matter who gets in."""
-        return self._load.ratio > WATCHED_LOAD
+        """Whether so many are turned away that it may soon matter who."""
+        return self._scarcity.ratio > WATCHED
 
     def debt_tokens(self, tenant: str, now: float) -> float:
         """How far a tenant is beyond what it may be ahead while others, who are behind, ask; 0 where it may go on."""
         account = self._accounts.get(tenant)
-        if account is None or self._load.ratio < CONTENDED_LOAD:
+        if account is None or self._scarcity.ratio < CONTENDED:
             return 0.0
         debt = -account.balance - NUM_ALLOWED * self._mean_tokens * self._price
         if debt <= 0 or not any(
@@ -91,11 +84,8 @@ class Shares:
             return 0.0
         return debt
 
-    def asked(
-        self, tenant: str, weight: float, num_tokens: int, now: float, tokens_per_s: float | None
-    ) -> None:
-        """A request has come, whatever becomes of it. `tokens_per_s`: what can be served; None: not known."""
-        self._load.asked(num_tokens, now, tokens_per_s)
+    def asked(self, tenant: str, weight: float, num_tokens: int, now: float) -> None:
+        """A request has come, whatever becomes of it."""
         change = num_tokens - self._mean_tokens
         self._mean_tokens = self._mean_tokens + change / NUM_REQUESTS if self._mean_tokens else num_tokens
         if not self.is_watching:
@@ -110,8 +100,13 @@ class Shares:
         account.weight, account.asked_at_s = weight, now
         account.asked += num_tokens * self._price
 
+    def refused(self, num_tokens: int) -> None:
+        """There was no room for it."""
+        self._scarcity.judged(num_tokens, is_let_in=False)
+
     def admitted(self, tenant: str, num_tokens: int) -> None:
         """It was let in, and its prompt will be served."""
+        self._scarcity.judged(num_tokens, is_let_in=True)
         if not self.is_watching:
             self._accounts.clear()
             self._prompt_tokens = self._answer_tokens = 0.0

@@ -67,13 +67,14 @@ class Minute:
         weight = WEIGHTS[tenant]
         placed_s = length / TOKENS_PER_S * self.servers
         rate = self.queue.service_rate or TOKENS_PER_S  # as workers say, until it was seen
-        self.shares.asked(tenant, weight, length, self.now, rate)
+        self.shares.asked(tenant, weight, length, self.now)
         ahead = self.queue.ahead(tenant, 0, weight)
         forecast = self.shedder.forecast(length, ahead, rate, placed_s, placed_s)
-        if (
-            self.shares.debt_tokens(tenant, self.now)
-            or self.shedder.judge(forecast, remaining_s=600) is not None
-        ):
+        if self.shares.debt_tokens(tenant, self.now):
+            self.refused += 1
+            return
+        if self.shedder.judge(forecast, remaining_s=600) is not None:
+            self.shares.refused(length)
             self.refused += 1
             return
         self.shares.admitted(tenant, length)

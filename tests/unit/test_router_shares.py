@@ -9,22 +9,20 @@ from router.core.shares import ASKING_S, FADE_S, MAX_TENANTS, Shares
 pytestmark = pytest.mark.unit
 
 
-SLOW = 1.0
-"""Tokens a second that can be served: far fewer than anybody here asks for."""
-
-
 def overloaded() -> Shares:
     """With nobody's account, after long."""
     shares = Shares()
-    for number in range(300):
-        shares._load.asked(100, 0.001 * number - 1, SLOW)
+    for _ in range(1000):
+        shares.refused(1000)
     return shares
 
 
-def ask(shares, tenant, now, weight=1.0, tokens=100, admitted=True, tokens_per_s=SLOW):
-    shares.asked(tenant, weight, tokens, now, tokens_per_s)
+def ask(shares, tenant, now, weight=1.0, tokens=100, admitted=True):
+    shares.asked(tenant, weight, tokens, now)
     if admitted:
         shares.admitted(tenant, tokens)
+    else:
+        shares.refused(tokens)
 
 
 def test_who_is_served_more_than_its_weight_is_in_debt_while_the_other_asks():
@@ -37,30 +35,31 @@ def test_who_is_served_more_than_its_weight_is_in_debt_while_the_other_asks():
     assert shares.debt_tokens("heavy", 0.0) == 0
 
 
-@pytest.mark.parametrize(("load", "is_contended"), [(0.9, False), (1.15, False), (2.0, True)])
-def test_nobody_is_held_back_while_hardly_more_is_asked_than_can_be_served(load, is_contended):
-    """Whoever is refused."""
+@pytest.mark.parametrize(("num_refused", "is_contended"), [(0, False), (1, False), (2, False), (5, True)])
+def test_nobody_is_held_back_before_a_third_finds_no_room(num_refused, is_contended):
+    """Of ten; those with the larger weight are refused."""
     shares, now = Shares(), 0.0
-    for number in range(400):
-        now += 0.1 / load
-        ask(
-            shares,
-            "light" if number % 2 else "heavy",
-            now,
-            1.0 + 2.0 * (number % 2 == 0),
-            100,
-            number % 2,
-            1000,
-        )
-    assert shares.is_watching == is_contended
+    for _ in range(100):
+        for number in range(10):
+            now += 0.01
+            is_refused = number < num_refused
+            ask(shares, "heavy" if is_refused else "light", now, 4.0 if is_refused else 1.0, 100, not is_refused)
+    assert shares.is_watching == (num_refused > 1)
     assert (shares.debt_tokens("light", now) > 0) == is_contended
 
 
-def test_how_much_is_asked_for_is_not_known_without_knowing_what_can_be_served():
-    shares = Shares()
-    for number in range(400):
-        ask(shares, "light", 0.001 * number, tokens_per_s=None)
+def test_who_is_held_back_is_no_reason_to_hold_back():
+    shares = overloaded()
+    for _ in range(10):
+        ask(shares, "heavy", 0.0, weight=3.0, admitted=False)
+        ask(shares, "light", 0.0)
+    assert shares.debt_tokens("light", 0.0) > 0
+    for number in range(1000):  # now there is room for the one, and the other only asks
+        shares.asked("light", 1.0, 100, 0.001 * number)
+        if number % 3 == 0:
+            ask(shares, "heavy", 0.001 * number, weight=3.0)
     assert not shares.is_watching
+    assert shares.debt_tokens("light", 1.0) == 0
 
 
 def test_nobody_is_held_back_for_one_who_has_left():
