@@ -43,7 +43,14 @@ def test_nobody_is_held_back_before_a_third_finds_no_room(num_refused, is_conten
         for number in range(10):
             now += 0.01
             is_refused = number < num_refused
-            ask(shares, "heavy" if is_refused else "light", now, 4.0 if is_refused else 1.0, 100, not is_refused)
+            ask(
+                shares,
+                "heavy" if is_refused else "light",
+                now,
+                4.0 if is_refused else 1.0,
+                100,
+                not is_refused,
+            )
     assert shares.is_watching == (num_refused > 1)
     assert (shares.debt_tokens("light", now) > 0) == is_contended
 
