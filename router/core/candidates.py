@@ -54,9 +54,9 @@ class Shortlist:
         columns: Sequence[Floats | None],
         why_not: Callable[[Worker], str],
     ) -> None:
-        # The key may be the table's own, as these two columns are: they change under our hands.
+        # These two are the table's own, and change under our hands.
         columns = (*columns, table.tokens_ahead.copy(), table.credits.copy())
-        self._whole: _Rows | None = (table.workers, key.copy(), best, columns, why_not)
+        self._whole: _Rows | None = (table.workers, key, best, columns, why_not)
         self._few: list[_Few] = []
 
     def compact(self) -> None:

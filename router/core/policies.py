@@ -4,7 +4,6 @@ A policy gives keys: columns of numbers of which the lower wins, the next key de
 `costs`; every policy is shown them, one heeds them.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -12,8 +11,11 @@ import numpy as np
 
 from router.core.columns import Floats, Mask, WorkerTable
 from router.core.fleet import Role, Worker
+from router.core.weighing import lowest
 
+MAX_KEYS = 3
 Keys = tuple[Floats, ...]
+"""At least one, at most `MAX_KEYS`."""
 Tickets = tuple[float, float]
 
 
@@ -144,22 +146,11 @@ class Winner(NamedTuple):
 
 def best_of(ballot: Ballot, rank: Callable[[Ballot], Keys]) -> Winner | None:
     """The row with the lowest keys; None if no row may be chosen."""
-    if not len(ballot.table):
-        return None
     keys = rank(ballot)
-    first = keys[0]
-    if np.count_nonzero(ballot.may) < len(first):
-        first = np.where(ballot.may, first, math.inf)
-    row = int(first.argmin())
-    if first.item(row) == math.inf:
-        return None
-    ties = (first == first.item(row)).nonzero()[0]
-    for key in keys[1:]:
-        if len(ties) == 1:
-            break
-        among = key[ties]
-        ties = ties[among == among.min()]
-    return Winner(int(ties[0]), first, keys)
+    first, second, third = (*keys, *[keys[-1]] * (MAX_KEYS - len(keys)))
+    ruled_out = np.empty(len(first))
+    row = lowest(ballot.may, first, second, third, ruled_out)
+    return None if row < 0 else Winner(row, ruled_out, keys)
 
 
 def _drawn_first(ballot: Ballot) -> Floats:

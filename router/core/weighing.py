@@ -144,15 +144,33 @@ def _weigh_prefillers(
     return best_row
 
 
-def _spread(masks: Words, tokens: Floats, by_slot: Floats) -> None:
-    """`tokens` of each mask to the slots that are its bits; masks lie one after the other."""
+def _lowest(may: Mask, first: Floats, second: Floats, third: Floats, ruled_out: Floats) -> int:
+    """The row with the lowest keys among those that may, the next key deciding among equals; -1 if there is none.
+    `ruled_out` gets the first key, infinite for those that may not."""
+    best_row = -1
+    for row in range(may.size):
+        ruled_out[row] = first[row] if may[row] else np.inf
+        if ruled_out[row] == np.inf:
+            continue
+        if best_row < 0 or first[row] < first[best_row]:
+            best_row = row
+        elif first[row] == first[best_row]:
+            if second[row] < second[best_row]:
+                best_row = row
+            elif second[row] == second[best_row] and third[row] < third[best_row]:
+                best_row = row
+    return best_row
+
+
+def _spread(masks: Words, tokens: Floats, most: float, by_slot: Floats) -> None:
+    """`tokens` of each mask, at most so many, to the slots that are its bits; masks lie one after the other."""
     num_words = masks.size // tokens.size
     for number in range(tokens.size):
         for word in range(num_words):
             bits, slot = masks[number * num_words + word], word * _WORD_BITS
             while bits:
                 if bits & np.uint64(1):
-                    by_slot[slot] = tokens[number]
+                    by_slot[slot] = min(tokens[number], most)
                 bits >>= np.uint64(1)
                 slot += 1
 
@@ -160,6 +178,7 @@ def _spread(masks: Words, tokens: Floats, by_slot: Floats) -> None:
 weigh_decoders = compiled(_weigh_decoders, counts_references=False)
 who_may_prefill = compiled(_who_may_prefill, counts_references=False)
 weigh_prefillers = compiled(_weigh_prefillers, counts_references=False)
+lowest = compiled(_lowest, counts_references=False)
 spread = compiled(_spread, counts_references=False)
 
 
@@ -171,12 +190,12 @@ def tokens_by_slot(cached: Sequence[tuple[int, int]], num_slots: int, most: int)
     num_words = -(-num_slots // _WORD_BITS)
     by_slot = np.zeros(num_words * _WORD_BITS)
     if cached and num_slots:
+        masks, tokens = zip(*cached, strict=True)
         num_bytes = num_words * _WORD_BITS // 8
         try:
-            masks = b"".join([mask.to_bytes(num_bytes, "little") for mask, _ in cached])
+            bits = b"".join([mask.to_bytes(num_bytes, "little") for mask in masks])
         except OverflowError:
             known = (1 << num_slots) - 1
-            masks = b"".join([(mask & known).to_bytes(num_bytes, "little") for mask, _ in cached])
-        tokens = np.array([min(num_tokens, most) for _, num_tokens in cached], np.float64)
-        spread(np.frombuffer(masks, np.uint64), tokens, by_slot)
+            bits = b"".join([(mask & known).to_bytes(num_bytes, "little") for mask in masks])
+        spread(np.frombuffer(bits, np.uint64), np.array(tokens, np.float64), float(most), by_slot)
     return by_slot[:num_slots]
