@@ -155,9 +155,9 @@ def _lowest(may: Mask, first: Floats, second: Floats, third: Floats, ruled_out: 
         if best_row < 0 or first[row] < first[best_row]:
             best_row = row
         elif first[row] == first[best_row]:
-            if second[row] < second[best_row]:
-                best_row = row
-            elif second[row] == second[best_row] and third[row] < third[best_row]:
+            if second[row] < second[best_row] or (
+                second[row] == second[best_row] and third[row] < third[best_row]
+            ):
                 best_row = row
     return best_row
 
