@@ -152,13 +152,12 @@ def _lowest(may: Mask, first: Floats, second: Floats, third: Floats, ruled_out: 
         ruled_out[row] = first[row] if may[row] else np.inf
         if ruled_out[row] == np.inf:
             continue
-        if best_row < 0 or first[row] < first[best_row]:
+        is_lower = best_row < 0 or first[row] < first[best_row]
+        if not is_lower and first[row] == first[best_row]:
+            is_second_lower = second[row] < second[best_row]
+            is_lower = is_second_lower or (second[row] == second[best_row] and third[row] < third[best_row])
+        if is_lower:
             best_row = row
-        elif first[row] == first[best_row]:
-            if second[row] < second[best_row] or (
-                second[row] == second[best_row] and third[row] < third[best_row]
-            ):
-                best_row = row
     return best_row
 
 

@@ -14,6 +14,7 @@ from router.core.weighing import (
     NO_WAY,
     NUM_DECODE_FINDINGS,
     NUM_PREFILL_FINDINGS,
+    lowest,
     weigh_decoders,
     weigh_prefillers,
     who_may_prefill,
@@ -162,3 +163,16 @@ def test_who_may_prefill_has_a_turn_for_what_is_lacking_and_context_for_all(flee
     for row, each in enumerate(table.workers):
         has_turn = each.prefill_prompts < 2 or num_tokens - cached[each.slot] <= WINDOW - each.prefill_tokens
         assert may[row] == ((regardless or has_turn) and each.facts.max_context > num_tokens)
+
+
+KEY = st.sampled_from([0.0, 1.0, 2.0, math.inf])
+
+
+@given(st.lists(st.tuples(st.booleans(), KEY, KEY, KEY), max_size=30))
+def test_the_lowest_is_that_of_the_tuples_and_among_equals_the_first(rows):
+    may, *keys = (np.array(column) for column in zip(*rows, strict=True)) if rows else [np.empty(0)] * 4
+    ruled_out = np.empty(len(rows))
+    row = lowest(may.astype(np.bool_), *(key.astype(np.float64) for key in keys), ruled_out)
+    allowed = {place: row[1:] for place, row in enumerate(rows) if row[0] and row[1] < math.inf}
+    assert row == (min(allowed, key=allowed.__getitem__) if allowed else -1)
+    assert ruled_out.tolist() == [first if may else math.inf for may, first, _, _ in rows]
