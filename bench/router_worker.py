@@ -24,8 +24,10 @@ from kvtransfer.direct_ticket import DirectTicket
 from kvtransfer.keys import keys_for, root_key, tenant_secret
 from router.core.tenants import DEFAULT_TENANT
 from rpc.call import ServerCall
+from rpc.server import Server, ServerSettings
 from worker.block_journal import BlockJournal, BlockStream
 from worker.direct import DirectRefused
+from worker.servers import KEEPALIVE_S, MAX_CONTROL_BYTES
 
 REPORT_S = 0.2
 NUM_BLOCKS = 1 << 16
@@ -331,12 +333,10 @@ def hello_of(
     return hello
 
 
-async def serve(worker: MockWorker) -> tuple[grpc.aio.Server, str]:
-    """A worker's server, and its address."""
-    server = grpc.aio.server(
-        options=(("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 1000))
-    )
-    worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
+async def serve(worker: MockWorker) -> tuple[Server, str]:
+    """A worker's server, the one that workers with engines have, and its address."""
+    server = Server(ServerSettings(max_message_bytes=MAX_CONTROL_BYTES, keepalive_s=KEEPALIVE_S))
+    worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)  # type: ignore[arg-type]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     return server, f"127.0.0.1:{port}"

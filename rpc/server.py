@@ -7,8 +7,8 @@ import inspect
 import logging
 import socket
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -239,9 +239,10 @@ async def _serve(call: ServerCall, request: Any) -> None:
     behavior = _behavior(call.handler)
     try:
         result = behavior(request, call)
-        if isinstance(result, AsyncIterator):
-            async for message in result:
-                await call.write(message)
+        if isinstance(result, AsyncGenerator):
+            async with aclosing(result):
+                async for message in result:
+                    await call.write(message)
         else:
             message = await result
             if not call.handler.response_streaming and not call.is_over:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from headrace.v1 import worker_pb2, worker_pb2_grpc
-from kvtransfer.transports.auth import AsyncClusterTokenInterceptor
+from kvtransfer.transports.auth import REFUSAL, ClusterTokenCheck, is_open
+from rpc.call import ServerCall
+from rpc.reflection import REFLECTION_SERVICE, add_reflection
+from rpc.server import Guard, Handler, Server, ServerSettings
 
 MAX_CONTROL_BYTES = 64 << 20
-
-_OPTIONS: tuple[tuple[str, int], ...] = (
-    # A router that is gone without a word is found within 10 s; one that looks after us may ping as often.
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.max_receive_message_length", MAX_CONTROL_BYTES),
-    ("grpc.max_send_message_length", MAX_CONTROL_BYTES),
-    ("grpc.so_reuseport", 0),
-)
+MAX_CALLS = 1024
+KEEPALIVE_S = 5.0  # a router that is gone without a word is found within twice that
+REFUSAL_S = 5.0  # how long a caller who may not has to say something
 _WORKER_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 
 
@@ -35,14 +32,14 @@ class ControlServer:
     ) -> None:
         """Raises RuntimeError where the port cannot be bound."""
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
-            interceptors=(AsyncClusterTokenInterceptor(cluster_secret),), options=_OPTIONS
+        settings = ServerSettings(
+            max_message_bytes=MAX_CONTROL_BYTES, max_calls=MAX_CALLS, keepalive_s=KEEPALIVE_S
         )
-        worker_pb2_grpc.add_WorkerServicer_to_server(servicer, self._server)
+        self._server = Server(settings, _guard(ClusterTokenCheck(cluster_secret)))
+        worker_pb2_grpc.add_WorkerServicer_to_server(servicer, self._server)  # type: ignore[arg-type]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if is_loopback(host):
-            names = (_WORKER_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            add_reflection((_WORKER_SERVICE, health.SERVICE_NAME, REFLECTION_SERVICE), self._server)
         self.port: int = self._server.add_insecure_port(join_address(host, port))
 
     async def start(self) -> None:
@@ -62,6 +59,33 @@ class ControlServer:
         """Refuse new calls, and cut those that go on after the grace."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+
+
+def _guard(check: ClusterTokenCheck) -> Guard:
+    """Refuses streams without the cluster's token with UNAUTHENTICATED."""
+
+    def guarded(path: str, handler: Handler) -> Handler:
+        if is_open(path):
+            return handler
+        serve: Any = handler.stream_stream
+
+        def admit(requests: AsyncIterator[Any], call: ServerCall) -> Any:
+            admitted = check.admits(path, call.invocation_metadata())
+            return serve(requests, call) if admitted else _refuse(requests, call)
+
+        found: Handler = grpc.stream_stream_rpc_method_handler(
+            admit, handler.request_deserializer, handler.response_serializer
+        )
+        return found
+
+    return guarded
+
+
+async def _refuse(requests: AsyncIterator[Any], call: ServerCall) -> None:
+    # Some callers cannot bear to be answered while they are about to send.
+    with suppress(TimeoutError):
+        await asyncio.wait_for(anext(requests, None), REFUSAL_S)
+    await call.abort(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
 
 
 def join_address(host: str, port: int) -> str:

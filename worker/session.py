@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any
 
 import grpc
 
 from headrace.v1 import worker_pb2, worker_pb2_grpc
+from rpc.call import ServerCall
 from worker.block_journal import BlockJournal
 from worker.link import RouterLink
 from worker.service import RoleService
@@ -85,7 +85,7 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
     async def Session(
         self,
         request_iterator: AsyncIterator[worker_pb2.RouterMessage],
-        context: grpc.aio.ServicerContext[Any, Any],
+        context: ServerCall,
     ) -> AsyncIterator[worker_pb2.WorkerMessage]:
         """Exchange hellos, then pass messages both ways until either side ends the stream."""
         if self._is_closed:
@@ -108,7 +108,7 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
     async def _router_hello(
         self,
         messages: AsyncIterator[worker_pb2.RouterMessage],
-        context: grpc.aio.ServicerContext[Any, Any],
+        context: ServerCall,
     ) -> worker_pb2.RouterHello:
         try:
             first = await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S)
@@ -140,7 +140,7 @@ class SessionServicer(worker_pb2_grpc.WorkerServicer):
                     return  # meant for an incarnation that is gone
                 self._dispatch(link, message)
                 await link.room()
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError):
+        except (grpc.aio.AbortError, asyncio.CancelledError):
             logger.debug("the stream of router %s broke", link.router_id)
         finally:
             self._detached(link, stream)

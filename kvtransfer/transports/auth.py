@@ -7,7 +7,7 @@ and reflection listens on loopback only.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
@@ -15,26 +15,34 @@ import grpc
 from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, cluster_token
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
-_REFUSAL = "this call needs the cluster's secret: metadata 'headrace-cluster' is missing or wrong"
+REFUSAL = "this call needs the cluster's secret: metadata 'headrace-cluster' is missing or wrong"
 
 
-class _TokenCheck:
+class ClusterTokenCheck:
+    """Tells callers who know the cluster secret from those who do not."""
+
     def __init__(self, cluster_secret: bytes) -> None:
         self._token = cluster_token(cluster_secret).encode()
 
-    def admits(self, details: grpc.HandlerCallDetails) -> bool:
-        if details.method.startswith(_OPEN_SERVICES):
+    def admits(self, method: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> bool:
+        """Whether a call of `/service/method` with that metadata may be answered."""
+        if is_open(method):
             return True
-        given = dict(details.invocation_metadata or ()).get(CLUSTER_METADATA_KEY, "")
+        given = dict(metadata or ()).get(CLUSTER_METADATA_KEY, "")
         given_bytes = given if isinstance(given, bytes) else given.encode()
         return hmac.compare_digest(given_bytes, self._token)
+
+
+def is_open(method: str) -> bool:
+    """Whether anybody may call it."""
+    return method.startswith(_OPEN_SERVICES)
 
 
 class ClusterTokenInterceptor(grpc.ServerInterceptor):
     """Refuses calls without the cluster's token with UNAUTHENTICATED, on a threaded server."""
 
     def __init__(self, cluster_secret: bytes) -> None:
-        self._check = _TokenCheck(cluster_secret)
+        self._check = ClusterTokenCheck(cluster_secret)
 
     def intercept_service(
         self,
@@ -43,33 +51,13 @@ class ClusterTokenInterceptor(grpc.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Pass the call on, or answer it with a refusal."""
         handler = continuation(handler_call_details)
-        if handler is None or self._check.admits(handler_call_details):
+        if handler is None or self._check.admits(
+            handler_call_details.method, handler_call_details.invocation_metadata
+        ):
             return handler
 
         def refuse(_request: Any, context: grpc.ServicerContext) -> Any:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, _REFUSAL)
-
-        return _same_shape(handler, refuse)
-
-
-class AsyncClusterTokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without the cluster's token with UNAUTHENTICATED, on an asyncio server."""
-
-    def __init__(self, cluster_secret: bytes) -> None:
-        self._check = _TokenCheck(cluster_secret)
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Pass the call on, or answer it with a refusal."""
-        handler = await continuation(handler_call_details)
-        if handler is None or self._check.admits(handler_call_details):
-            return handler
-
-        async def refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, _REFUSAL)
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
 
         return _same_shape(handler, refuse)
 
