@@ -211,12 +211,7 @@ class Engine:
                 return
             lease = self._leases.pop(lease_id)
             for choice in (0, *lease.children):
-                owner = choice_owner(lease_id, choice)
-                if not self.pool.owns(owner):
-                    continue
-                freed = self.pool.close(owner, forget=lease.failed)
-                if lease.failed or not lease.trusted:  # what landed may be half a block, or NaN
-                    self.cache.scrub(freed)
+                self._close(lease, choice_owner(lease_id, choice))
 
     # --- prefixes, to be read or filled by others ----------------------------------------------
 
@@ -303,8 +298,9 @@ class Engine:
         """Plan, compute and apply one step. Without anything to compute, returns at once with no events."""
         began = self._clock()
         with self.lock:
-            plan = self.scheduler.schedule()
-            self._move_kept(plan)
+            plan = self._planned()
+            if not plan.rows and self._take_back_ended():
+                plan = self._planned()
             if not plan.rows:
                 return StepResult()
             batch = self.runner.build(plan)
@@ -331,6 +327,31 @@ class Engine:
             step_s=step_s,
             prefill_s=prefill_s,
         )
+
+    def _planned(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        self._move_kept(plan)
+        return plan
+
+    def _take_back_ended(self) -> bool:
+        """Closes choices that have ended, of leases whose other choices wait for blocks that they may be; whether there
+        were any. Called where nothing can be computed, so no step reads them."""
+        found = False
+        for lease_id in {sequence.lease_id for sequence in self.scheduler.sequences}:
+            going = {sequence.choice for sequence in self.scheduler.find(lease_id)}
+            lease = self._leases[lease_id]
+            for choice in {0, *lease.children} - going:
+                found |= self._close(lease, choice_owner(lease_id, choice))
+        return found
+
+    def _close(self, lease: _Lease, owner: bytes) -> bool:
+        """Whether that owner of the lease held anything."""
+        if not self.pool.owns(owner):
+            return False
+        freed = self.pool.close(owner, forget=lease.failed)
+        if lease.failed or not lease.trusted:  # what landed may be half a block, or NaN
+            self.cache.scrub(freed)
+        return True
 
     def _move_kept(self, plan: StepPlan) -> None:
         """Out of blocks that the plan gives to others, and into those that it gives to who comes back."""

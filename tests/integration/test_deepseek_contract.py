@@ -112,9 +112,10 @@ def test_guesses_change_nothing(model: Path, period: int) -> None:
 @pytest.mark.parametrize("set_aside_bytes", [0, 64 << 20])
 def test_an_answer_that_gave_way_comes_back_the_same(model: Path, set_aside_bytes: int) -> None:
     engine = open_engine(model, set_aside_bytes=set_aside_bytes, max_drafts=0)
-    leave_blocks(engine, 1024 // engine.layout.block_tokens)
-    driver, asked = Driver(engine), [tokens(230, seed) for seed in range(3)]
-    sampling = replace(GREEDY, max_tokens=100)
+    driver, asked = Driver(engine), [tokens(250, seed) for seed in range(3)]
+    # One block short of what the answers need from their seventh token on.
+    leave_blocks(engine, 3 * -(-250 // engine.layout.block_tokens) + 2)
+    sampling = replace(GREEDY, max_tokens=40)
     assert all(driver.start(number, prompt, sampling) for number, prompt in enumerate(asked))
     driver.run()
     assert engine.scheduler.num_preemptions > 0

@@ -150,6 +150,22 @@ def test_a_preempted_answer_comes_back_the_same(model: Model, roomy: Engine, set
     assert engine.pool.stats().private == 0
 
 
+def test_a_choice_that_waits_gets_the_blocks_of_those_that_have_ended(model: Model, roomy: Engine) -> None:
+    """Three choices of four blocks, the first of them shared, where there is room for two."""
+    sampling = SamplingParams(temperature=0.9, seed=5, n=3, max_tokens=80, ignore_eos=True)
+    prompt = [7 + index % 200 for index in range(120)]
+    engine = open_engine(model, kv_bytes=kv_bytes_of(model, 8), max_context=256, max_drafts=0)
+    driver = Driver(engine)
+    assert driver.start(0, prompt, sampling)
+    for _ in range(400):
+        driver.step()
+    assert engine.scheduler.num_preemptions > 0
+    assert not engine.has_work()
+    assert driver.outcomes[0] == answer(roomy, prompt, sampling)
+    stats = engine.pool.stats()
+    assert (stats.private, stats.pins, stats.owners, engine.num_leases) == (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 100, 1024])
 def test_chunk_size_changes_nothing(model: Model, roomy: Engine, chunk_tokens: int) -> None:
     prompt = prompts(2, seed=3)[1] * 3
