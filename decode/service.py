@@ -24,7 +24,7 @@ from headrace.v1 import kvtransfer_pb2, worker_pb2
 from headrace.v1.worker_pb2 import DIRECT_PHASE_OPEN, DirectPhase
 from kvtransfer.choosers import strictest
 from kvtransfer.direct_ticket import DirectTicket
-from kvtransfer.lease_types import RequestId
+from kvtransfer.lease_types import Refusal, RequestId
 from kvtransfer.transports.seam import HandoffRefused
 from rpc.call import ServerCall
 from worker.direct import DirectRefused
@@ -41,6 +41,7 @@ from worker.wire import (
     first_tokens_from_wire,
     sampling_params,
     so_far_of,
+    taken_over,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class DecodeService:
             case "reserve":
                 self._reserve(link, message.reserve)
             case "cancel":
-                self._cancel(message.cancel)
+                self._cancel(link, message.cancel)
             case "acknowledge":
                 self._acknowledge(link, message.acknowledge)
             case "resume":
@@ -94,6 +95,10 @@ class DecodeService:
         return True
 
     def _reserve(self, link: RouterLink, message: worker_pb2.Reserve) -> None:
+        if self._is_anothers(link, message.key):
+            text = "another router has this attempt, or a later one, here"
+            link.send(failure(message.key, "reserve", Refusal.STALE_ATTEMPT, text))
+            return
         known = self._find(message.key)
         if known is not None:
             known.hear(link)
@@ -194,8 +199,11 @@ class DecodeService:
             return failure(message.key, "reserve", "INVALID_TASK", str(error))
         return None
 
-    def _cancel(self, message: worker_pb2.CancelAttempt) -> None:
+    def _cancel(self, link: RouterLink, message: worker_pb2.CancelAttempt) -> None:
+        if self._is_anothers(link, message.key):
+            return
         request_id = _request_id(message.key)
+        self._tell_taken_over(request_id, link)
         self._forget(request_id, older_than=message.key.attempt + 1)
         self._leases.cancel(request_id, message.key.attempt, message.cause or "CANCELLED")
         self._context.changed()
@@ -203,7 +211,7 @@ class DecodeService:
     def _acknowledge(self, link: RouterLink, message: worker_pb2.AcknowledgeTokens) -> None:
         for seen in message.seen:
             request = self._find(seen.key)
-            if request is None or seen.choice >= len(request.answer.choices):
+            if request is None or request.link is not link or seen.choice >= len(request.answer.choices):
                 continue
             request.hear(link)
             request.answer.choices[seen.choice].acknowledge(seen.next_index)
@@ -211,6 +219,9 @@ class DecodeService:
                 self._finished.pop(_request_id(seen.key), None)
 
     def _resume(self, link: RouterLink, message: worker_pb2.ResumeStream) -> bool:
+        if self._is_anothers(link, message.key):
+            link.send(taken_over(message.key, "decode"))
+            return True
         request = self._find(message.key)
         if request is None:
             return False
@@ -226,10 +237,11 @@ class DecodeService:
         return True
 
     def _take_over(self, link: RouterLink, key: worker_pb2.RequestKey) -> bool:
-        """Write an older attempt's answer on as this one, for this router; False where there is none that is whole."""
+        """Write the answer of an older attempt, or of another router's, on as this one, for this router; False where
+        there is none that is whole."""
         request_id = _request_id(key)
         request = self._find(key)
-        if request is None:
+        if request is None or request.link is not link:
             request = self._requests.get(request_id) or self._finished.get(request_id)
             if request is None or not self._goes_on_as(request, key.attempt):
                 return False
@@ -244,16 +256,23 @@ class DecodeService:
         return True
 
     def _goes_on_as(self, request: Request, attempt: int) -> bool:
-        if not request.decoding or not request.answer.is_whole or request.key.attempt >= attempt:
+        if not request.decoding or not request.answer.is_whole or request.key.attempt > attempt:
             return False
-        return request.answer.finished or self._leases.take_over(request.lease_id, attempt)
+        if request.answer.finished or request.key.attempt == attempt:
+            return True
+        return self._leases.take_over(request.lease_id, attempt)
 
     def _tell_taken_over(self, request_id: RequestId, link: RouterLink) -> None:
         """The router that asked for the attempt before, if it is another one, must not wait for it."""
         request = self._requests.get(request_id)
         if request is not None and request.link is not link:
-            text = "another router goes on with this request"
-            request.link.send(failure(request.key, request.stage, "TAKEN_OVER", text))
+            request.link.send(taken_over(request.key, request.stage))
+
+    def _is_anothers(self, link: RouterLink, key: worker_pb2.RequestKey) -> bool:
+        """Whether another router has this attempt of a request, or a later one, here: routers that do not know of each
+        other count alike."""
+        request = self._requests.get(_request_id(key)) or self._finished.get(_request_id(key))
+        return request is not None and request.link is not link and request.key.attempt >= key.attempt
 
     def disown(self, link: RouterLink, cause: str, before_generation: int) -> None:
         """Cancel the requests of `link` that were not heard of since that generation began."""

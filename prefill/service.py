@@ -36,7 +36,7 @@ from worker.link import RouterLink
 from worker.prefix_sources import Holder, Wanted, pushes_to
 from worker.prefixes import Brought
 from worker.service import WorkerContext
-from worker.wire import MalformedTask, check_task, failure, so_far_of
+from worker.wire import MalformedTask, check_task, failure, so_far_of, taken_over
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class PrefillService:
             case "start_prefill":
                 self._start(link, message.start_prefill)
             case "cancel":
-                self._cancel(message.cancel)
+                self._cancel(link, message.cancel)
             case "resume":
                 return self._known(link, message.resume.key)
             case _:
@@ -107,6 +107,7 @@ class PrefillService:
             link.send(failure(message.key, "prefill", Refusal.STALE_ATTEMPT, text))
             return
         if older is not None and older.key.attempt < message.key.attempt:
+            self._tell_taken_over(older, link)
             self._end(older, "SUPERSEDED")
         granted = self._leases.grant(
             _request_id(message.key), message.key.attempt, message.remaining_s, local=True
@@ -162,11 +163,14 @@ class PrefillService:
         few = len(held) < config.max_prompts or held_tokens + num_tokens <= config.prompt_window_tokens
         return few and self.num_requests < self._engine.max_sequences
 
-    def _cancel(self, message: worker_pb2.CancelAttempt) -> None:
+    def _cancel(self, link: RouterLink, message: worker_pb2.CancelAttempt) -> None:
+        if self._is_anothers(link, message.key):
+            return
         request_id = _request_id(message.key)
         prompt = self._prompts.get(request_id)
         cause = message.cause or "CANCELLED"
         if prompt is not None and prompt.key.attempt <= message.key.attempt:
+            self._tell_taken_over(prompt, link)
             self._end(prompt, cause)
         self._leases.cancel(request_id, message.key.attempt, cause)
 
@@ -364,6 +368,10 @@ class PrefillService:
     ) -> bool:
         """Whether the attempt is or was here; what the router was told of its end is told again. One for another lease
         is another attempt: a router that starts anew may count from where an older one had been before."""
+        if self._is_anothers(link, key):
+            if decode_lease_id is None:
+                link.send(taken_over(key, "prefill"))
+            return decode_lease_id is None
         prompt = self._prompts.get(_request_id(key))
         if prompt is not None and prompt.key.attempt == key.attempt:
             if decode_lease_id in (None, prompt.message.lease.lease_id):
@@ -375,6 +383,17 @@ class PrefillService:
             return False
         link.send(outcome.message)
         return True
+
+    def _is_anothers(self, link: RouterLink, key: worker_pb2.RequestKey) -> bool:
+        """Whether another router has this attempt of a request, or a later one, here."""
+        prompt = self._prompts.get(_request_id(key))
+        return prompt is not None and prompt.link is not link and prompt.key.attempt >= key.attempt
+
+    @staticmethod
+    def _tell_taken_over(prompt: Prompt, link: RouterLink) -> None:
+        """The router of an older attempt, if it is another one, must not go on with it."""
+        if prompt.link is not link:
+            prompt.link.send(taken_over(prompt.key, "prefill"))
 
     def _tell(self, prompt: Prompt, message: worker_pb2.WorkerMessage) -> None:
         prompt.link.send(message)

@@ -14,6 +14,8 @@ NO_WORKERS_RETRY_S = 1.0
 _NO_ROOM = frozenset({"NO_CAPACITY", "NOT_SERVING"})
 _LEAVING = frozenset({"DRAINED", "NOT_SERVING"})
 _OUTDATED = frozenset({"STALE_ATTEMPT", "LEASE_CLOSED", "CANCELLED"})
+_TAKEN_OVER = frozenset({"TAKEN_OVER", "SUPERSEDED"})
+"""A lease is superseded by a later attempt of the same request; of the present one, by another router's."""
 _CODES = {
     "DEADLINE_EXCEEDED": Code.DEADLINE_EXCEEDED,
     "INVALID_TASK": Code.INVALID_ARGUMENT,
@@ -36,7 +38,7 @@ def verdict_on(error: pb.ErrorDetail, state: RequestState) -> Verdict:
     """By the failure's cause, and by how far the request has come."""
     if state is RequestState.PLACED and error.cause in _NO_ROOM:
         return Verdict.NO_ROOM
-    if error.cause == "TAKEN_OVER":
+    if error.cause in _TAKEN_OVER:
         return Verdict.TAKEN_OVER
     if error.cause in _LEAVING:
         return Verdict.MOVE

@@ -167,3 +167,8 @@ def failure(
             ),
         )
     )
+
+
+def taken_over(key: worker_pb2.RequestKey, stage: str) -> worker_pb2.WorkerMessage:
+    """To the router of an attempt that another router has gone on from."""
+    return failure(key, stage, "TAKEN_OVER", "another router goes on with this request")

@@ -148,7 +148,9 @@ def test_answers_go_on_at_the_other_router_when_theirs_is_killed(
         assert answers == asyncio.run(undisturbed())
 
 
-async def test_the_worker_that_writes_the_answer_is_asked_for_it() -> None:
+@pytest.mark.parametrize("cause", ["TAKEN_OVER", "SUPERSEDED"])
+async def test_the_worker_that_writes_the_answer_is_asked_for_it(cause: str) -> None:
+    """The router that had it before is told by that worker, or by one whose lease a later attempt has ended."""
     async with running_router(router_id="one") as first, running_router(router_id="two") as second:
         decode = await first.worker("b", worker_pb2.ROLE_BOTH)
         stream = first.generate(request_id="r", resumable=True)
@@ -164,7 +166,7 @@ async def test_the_worker_that_writes_the_answer_is_asked_for_it() -> None:
         assert taken.key.attempt == reserve.key.attempt + 1
         again.send(reserved=worker_pb2.Reserved(key=taken.key))
         again.say(taken.key, 0, "so far and on", finish=STOP)
-        decode.fail(reserve.key, "decode", "TAKEN_OVER")
+        decode.fail(reserve.key, "decode", cause)
         ended = await stream.end()
         assert (ended.code, ended.error.cause) == (grpc.StatusCode.CANCELLED, "TAKEN_OVER")
         assert (await other.end()).text == {0: "so far and on"}

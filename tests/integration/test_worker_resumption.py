@@ -235,6 +235,63 @@ def test_the_router_of_an_older_attempt_is_told_that_another_one_begins_anew(nod
         assert_nothing_held(decode)
 
 
+def test_an_attempt_is_that_of_the_router_that_asked_for_it(nodes) -> None:
+    """Two routers that do not know of each other may count alike."""
+    prefill, decode, alone = nodes
+    work = task(random_prompt(13, 150), max_tokens=40, ignore_eos=True)
+    key = request_key("counted alike")
+    gate = StepGate(prefill.engine)
+    with (
+        session(prefill) as to_prefill,
+        session(decode) as to_decode,
+        session(prefill, "other") as other_prefill,
+        session(decode, "other") as other_decode,
+        session(alone) as to_alone,
+    ):
+        whole = generate_locally(to_alone, key, work)
+        lease = hand_over(to_prefill, to_decode, key, work)
+        other_decode.send(reserve=worker_pb2.Reserve(key=key, task=work, remaining_s=60.0))
+        assert other_decode.failed(key).cause == "STALE_ATTEMPT"
+        start = worker_pb2.StartPrefill(key=key, task=work, remaining_s=60.0, lease=lease)
+        other_prefill.send(start_prefill=start)
+        assert other_prefill.failed(key).cause == "STALE_ATTEMPT"
+        for other in (other_prefill, other_decode):
+            other.send(cancel=worker_pb2.CancelAttempt(key=key, cause="CLIENT_DISCONNECTED"))
+            other.send(resume=worker_pb2.ResumeStream(key=key))
+            other.wait(
+                lambda other=other: has_failed(other, key, "TAKEN_OVER"), "the word that it is another's"
+            )
+        gate.open()
+        answer = to_decode.answer(key)
+        assert [choice.token_ids for choice in answer] == [choice.token_ids for choice in whole]
+    assert_nothing_held(prefill, decode)
+
+
+def has_failed(client: SessionClient, key: worker_pb2.RequestKey, cause: str) -> bool:
+    return any(m.failed.key == key and m.failed.error.cause == cause for m in list(client.messages))
+
+
+def test_the_router_of_a_prompt_is_told_that_another_one_goes_on_with_it(nodes) -> None:
+    prefill, decode, _ = nodes
+    work = task(random_prompt(14, 300), max_tokens=5)
+    first, second = request_key("gone on with"), request_key("gone on with", attempt=2)
+    gate = StepGate(prefill.engine)
+    with (
+        session(prefill) as to_prefill,
+        session(decode) as to_decode,
+        session(prefill, "other") as other_prefill,
+        session(decode, "other") as other_decode,
+    ):
+        hand_over(to_prefill, to_decode, first, work)
+        gate.allow(1)
+        gate.wait_until_held()
+        hand_over(other_prefill, other_decode, second, work)
+        assert to_prefill.failed(first).cause == to_decode.failed(first).cause == "TAKEN_OVER"
+        gate.open()
+        other_decode.answer(second)
+    assert_nothing_held(prefill, decode)
+
+
 def test_a_resumed_answer_that_is_too_long_or_of_other_choices_is_refused(clients) -> None:
     _, decode, _ = clients
     work = task(random_prompt(6, 500), max_tokens=100)
