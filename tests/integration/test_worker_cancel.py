@@ -88,16 +88,27 @@ def _decoding(nodes: Pair, clients: Clients) -> Callable[[], None]:
     return gate.open
 
 
+def _wait_until_heard(decode: SessionClient) -> None:
+    """All that was sent to the decode worker before."""
+    marker = request_key("marker")
+    decode.send(cancel=worker_pb2.CancelAttempt(key=marker, cause="MARKER"))
+    _reserve(decode, marker)
+    decode.failed(marker)
+
+
 STATES = {"reserved": _reserved, "prefilling": _prefilling, "landing": _landing, "decoding": _decoding}
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_a_cancel_to_both_workers_frees_everything(nodes: Pair, clients: Clients, state: str) -> None:
     let_go = STATES[state](nodes, clients)
-    # The decode worker first, as the router does it: else the other's abort may overtake its cancel.
+    # The decode worker first, as the router does it, and until it has heard of it: else the other's abort may overtake
+    # its cancel.
     for client in reversed(clients):
         _cancel(client)
         _cancel(client)
+        if client is clients[1]:
+            _wait_until_heard(client)
     let_go()
     assert_nothing_held(*nodes)
     again = request_key("the request", attempt=2)
@@ -110,9 +121,7 @@ def test_a_cancel_to_both_workers_frees_everything(nodes: Pair, clients: Clients
 def test_a_cancel_at_decode_alone_ends_the_prefill_too(nodes: Pair, clients: Clients, state: str) -> None:
     let_go = STATES[state](nodes, clients)
     _cancel(clients[1])
-    clients[1].send(cancel=worker_pb2.CancelAttempt(key=request_key("marker"), cause="MARKER"))
-    _reserve(clients[1], request_key("marker"))
-    clients[1].failed(request_key("marker"))  # the cancel before it has been acted on
+    _wait_until_heard(clients[1])
     let_go()
     assert clients[0].failed(KEY).stage in ("transfer", "handoff")
     assert_nothing_held(*nodes)
