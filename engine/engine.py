@@ -334,8 +334,8 @@ class Engine:
         return plan
 
     def _take_back_ended(self) -> bool:
-        """Closes choices that have ended, of leases whose other choices have not: those may wait for their blocks. Whether
-        there were any. Called where nothing can be computed, so no step reads them."""
+        """Closes choices that have ended, of leases whose other choices have not: those may wait for their blocks.
+        Whether there were any. Called where nothing can be computed, so no step reads them."""
         found = False
         for lease_id in {sequence.lease_id for sequence in self.scheduler.sequences}:
             going = {sequence.choice for sequence in self.scheduler.find(lease_id)}
