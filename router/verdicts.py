@@ -90,12 +90,14 @@ def no_workers(wait: Wait) -> Failure:
 
 
 def taken_over() -> Failure:
-    """Another router goes on with the request: whoever still listens here listens at the wrong place."""
+    """Another router goes on with the request. Mostly nobody listens here any more; but that router may not know that
+    its client has gone on to this one, so whoever does listen asks again, and is then the later of the two."""
     return Failure(
-        code=Code.CANCELLED,
+        code=Code.UNAVAILABLE,
         stage=Stage.DECODE,
         cause="TAKEN_OVER",
-        message="another router goes on with this request",
+        message="another router goes on with this request; ask again, with the resume handle",
+        retryable=True,
     )
 
 

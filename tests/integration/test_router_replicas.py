@@ -168,7 +168,8 @@ async def test_the_worker_that_writes_the_answer_is_asked_for_it(cause: str) -> 
         again.say(taken.key, 0, "so far and on", finish=STOP)
         decode.fail(reserve.key, "decode", cause)
         ended = await stream.end()
-        assert (ended.code, ended.error.cause) == (grpc.StatusCode.CANCELLED, "TAKEN_OVER")
+        assert (ended.code, ended.error.cause) == (grpc.StatusCode.UNAVAILABLE, "TAKEN_OVER")
+        assert ended.error.retryable
         assert (await other.end()).text == {0: "so far and on"}
 
 
