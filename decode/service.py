@@ -30,6 +30,7 @@ from rpc.call import ServerCall
 from worker.direct import DirectRefused
 from worker.leasing import DEADLINE_EXCEEDED, LOST_CAUSES, NO_CAPACITY, NotReserved
 from worker.link import RouterLink
+from worker.ownership import is_anothers, tell_taken_over
 from worker.prefix_sources import Wanted
 from worker.prefixes import Brought
 from worker.service import WorkerContext
@@ -242,7 +243,7 @@ class DecodeService:
         request_id = _request_id(key)
         request = self._find(key)
         if request is None or request.link is not link:
-            request = self._requests.get(request_id) or self._finished.get(request_id)
+            request = self._held(request_id)
             if request is None or not self._goes_on_as(request, key.attempt):
                 return False
             self._tell_taken_over(request_id, link)
@@ -263,16 +264,16 @@ class DecodeService:
         return self._leases.take_over(request.lease_id, attempt)
 
     def _tell_taken_over(self, request_id: RequestId, link: RouterLink) -> None:
-        """The router that asked for the attempt before, if it is another one, must not wait for it."""
         request = self._requests.get(request_id)
-        if request is not None and request.link is not link:
-            request.link.send(taken_over(request.key, request.stage))
+        if request is not None:
+            tell_taken_over(request, link, request.stage)
 
     def _is_anothers(self, link: RouterLink, key: worker_pb2.RequestKey) -> bool:
-        """Whether another router has this attempt of a request, or a later one, here: routers that do not know of each
-        other count alike."""
-        request = self._requests.get(_request_id(key)) or self._finished.get(_request_id(key))
-        return request is not None and request.link is not link and request.key.attempt >= key.attempt
+        return is_anothers(self._held(_request_id(key)), link, key)
+
+    def _held(self, request_id: RequestId) -> Request | None:
+        """Whatever attempt of a request is here, running or finished."""
+        return self._requests.get(request_id) or self._finished.get(request_id)
 
     def disown(self, link: RouterLink, cause: str, before_generation: int) -> None:
         """Cancel the requests of `link` that were not heard of since that generation began."""
@@ -422,8 +423,7 @@ class DecodeService:
     # --- the books -----------------------------------------------------------------------------
 
     def _find(self, key: worker_pb2.RequestKey) -> Request | None:
-        request_id = _request_id(key)
-        request = self._requests.get(request_id) or self._finished.get(request_id)
+        request = self._held(_request_id(key))
         return request if request is not None and request.key.attempt == key.attempt else None
 
     def _forget(self, request_id: RequestId, older_than: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Iterable
 
 CLUSTER_METADATA_KEY = "headrace-cluster"
 
@@ -20,3 +21,16 @@ def cluster_token(cluster_secret: bytes) -> str:
 def cluster_metadata(cluster_secret: bytes) -> tuple[tuple[str, str], ...]:
     """What a client passes as `metadata`."""
     return ((CLUSTER_METADATA_KEY, cluster_token(cluster_secret)),)
+
+
+class ClusterTokenCheck:
+    """Tells callers who know the cluster secret from those who do not."""
+
+    def __init__(self, cluster_secret: bytes) -> None:
+        self._token = cluster_token(cluster_secret).encode()
+
+    def admits(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> bool:
+        """Whether a call with that metadata may be answered where not everybody's may."""
+        given = dict(metadata or ()).get(CLUSTER_METADATA_KEY, "")
+        given_bytes = given if isinstance(given, bytes) else given.encode()
+        return hmac.compare_digest(given_bytes, self._token)

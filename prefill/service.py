@@ -33,6 +33,7 @@ from prefill.prompt import (
 )
 from worker.leasing import DEADLINE_EXCEEDED, LOST_CAUSES, NotReserved
 from worker.link import RouterLink
+from worker.ownership import is_anothers, tell_taken_over
 from worker.prefix_sources import Holder, Wanted, pushes_to
 from worker.prefixes import Brought
 from worker.service import WorkerContext
@@ -107,7 +108,7 @@ class PrefillService:
             link.send(failure(message.key, "prefill", Refusal.STALE_ATTEMPT, text))
             return
         if older is not None and older.key.attempt < message.key.attempt:
-            self._tell_taken_over(older, link)
+            tell_taken_over(older, link, "prefill")
             self._end(older, "SUPERSEDED")
         granted = self._leases.grant(
             _request_id(message.key), message.key.attempt, message.remaining_s, local=True
@@ -170,7 +171,7 @@ class PrefillService:
         prompt = self._prompts.get(request_id)
         cause = message.cause or "CANCELLED"
         if prompt is not None and prompt.key.attempt <= message.key.attempt:
-            self._tell_taken_over(prompt, link)
+            tell_taken_over(prompt, link, "prefill")
             self._end(prompt, cause)
         self._leases.cancel(request_id, message.key.attempt, cause)
 
@@ -385,15 +386,7 @@ class PrefillService:
         return True
 
     def _is_anothers(self, link: RouterLink, key: worker_pb2.RequestKey) -> bool:
-        """Whether another router has this attempt of a request, or a later one, here."""
-        prompt = self._prompts.get(_request_id(key))
-        return prompt is not None and prompt.link is not link and prompt.key.attempt >= key.attempt
-
-    @staticmethod
-    def _tell_taken_over(prompt: Prompt, link: RouterLink) -> None:
-        """The router of an older attempt, if it is another one, must not go on with it."""
-        if prompt.link is not link:
-            prompt.link.send(taken_over(prompt.key, "prefill"))
+        return is_anothers(self._prompts.get(_request_id(key)), link, key)
 
     def _tell(self, prompt: Prompt, message: worker_pb2.WorkerMessage) -> None:
         prompt.link.send(message)

@@ -1,12 +1,11 @@
 """Who is calling: tenants by their API keys, workers and operators by the cluster's token."""
 
 import hashlib
-import hmac
 import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, cluster_token
+from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, ClusterTokenCheck
 from router.core.failures import Code, Failure, Rejection, Stage
 from router.core.tenants import DEFAULT_TENANT
 
@@ -56,12 +55,11 @@ class ClusterToken:
     """What every process of one cluster can prove: that it knows the cluster secret."""
 
     def __init__(self, cluster_secret: bytes) -> None:
-        self._token = cluster_token(cluster_secret)
+        self._check = ClusterTokenCheck(cluster_secret)
 
     def holds(self, metadata: Metadata) -> bool:
         """Whether the caller knows the secret."""
-        given = _value(metadata, CLUSTER_TOKEN_KEY)
-        return hmac.compare_digest(given.encode(), self._token.encode())
+        return self._check.admits(metadata)
 
     def require(self, metadata: Metadata) -> None:
         """Raises a Rejection, UNAUTHENTICATED, where the caller does not know the secret."""

@@ -13,8 +13,9 @@ from random import Random
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+from kvtransfer.cluster_token import cluster_token
 from router.attempts import Attempts
-from router.auth import ApiKeys, Authenticator, OpenDoor, cluster_token
+from router.auth import ApiKeys, Authenticator, OpenDoor
 from router.book import RequestBook
 from router.cluster_service import ClusterServicer
 from router.config import ModelFacts, RouterConfig, Tokenizer

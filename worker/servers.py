@@ -12,7 +12,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from headrace.v1 import worker_pb2, worker_pb2_grpc
-from kvtransfer.transports.auth import REFUSAL, ClusterTokenCheck, is_open
+from kvtransfer.cluster_token import ClusterTokenCheck
+from kvtransfer.transports.auth import REFUSAL, is_open
 from rpc.call import ServerCall
 from rpc.reflection import REFLECTION_SERVICE, add_reflection
 from rpc.server import Guard, Handler, Server, ServerSettings
@@ -70,7 +71,7 @@ def _guard(check: ClusterTokenCheck) -> Guard:
         serve: Any = handler.stream_stream
 
         def admit(requests: AsyncIterator[Any], call: ServerCall) -> Any:
-            admitted = check.admits(path, call.invocation_metadata())
+            admitted = check.admits(call.invocation_metadata())
             return serve(requests, call) if admitted else _refuse(requests, call)
 
         found: Handler = grpc.stream_stream_rpc_method_handler(

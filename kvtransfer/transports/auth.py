@@ -6,35 +6,19 @@ and reflection listens on loopback only.
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 
-from kvtransfer.cluster_token import CLUSTER_METADATA_KEY, cluster_token
+from kvtransfer.cluster_token import ClusterTokenCheck
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 REFUSAL = "this call needs the cluster's secret: metadata 'headrace-cluster' is missing or wrong"
 
 
-class ClusterTokenCheck:
-    """Tells callers who know the cluster secret from those who do not."""
-
-    def __init__(self, cluster_secret: bytes) -> None:
-        self._token = cluster_token(cluster_secret).encode()
-
-    def admits(self, method: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> bool:
-        """Whether a call of `/service/method` with that metadata may be answered."""
-        if is_open(method):
-            return True
-        given = dict(metadata or ()).get(CLUSTER_METADATA_KEY, "")
-        given_bytes = given if isinstance(given, bytes) else given.encode()
-        return hmac.compare_digest(given_bytes, self._token)
-
-
 def is_open(method: str) -> bool:
-    """Whether anybody may call it."""
+    """Whether anybody may call `/service/method`."""
     return method.startswith(_OPEN_SERVICES)
 
 
@@ -51,9 +35,9 @@ class ClusterTokenInterceptor(grpc.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Pass the call on, or answer it with a refusal."""
         handler = continuation(handler_call_details)
-        if handler is None or self._check.admits(
-            handler_call_details.method, handler_call_details.invocation_metadata
-        ):
+        if handler is None or is_open(handler_call_details.method):
+            return handler
+        if self._check.admits(handler_call_details.invocation_metadata):
             return handler
 
         def refuse(_request: Any, context: grpc.ServicerContext) -> Any:

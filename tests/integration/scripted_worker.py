@@ -7,7 +7,8 @@ from typing import Any
 import grpc
 
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, worker_pb2, worker_pb2_grpc
-from router.auth import CLUSTER_TOKEN_KEY, cluster_token
+from kvtransfer.cluster_token import cluster_token
+from router.auth import CLUSTER_TOKEN_KEY
 
 SECRET = b"a cluster secret for the tests"
 TOKENIZER_DIGEST = "bytes"

@@ -12,7 +12,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from headrace.v1 import cluster_pb2, worker_pb2
 from headrace.v1 import inference_pb2 as pb
-from router.auth import CLUSTER_TOKEN_KEY, cluster_token
+from kvtransfer.cluster_token import cluster_token
+from router.auth import CLUSTER_TOKEN_KEY
 from tests.integration.router_harness import STOP, Harness, error_detail, running_router
 from tests.integration.scripted_worker import IDENTITY, SECRET, ScriptedWorker
 

@@ -8,7 +8,8 @@ import grpc
 import pytest
 
 from headrace.v1 import cluster_pb2, inference_pb2, worker_pb2
-from router.auth import CLUSTER_TOKEN_KEY, cluster_token
+from kvtransfer.cluster_token import cluster_token
+from router.auth import CLUSTER_TOKEN_KEY
 from tests.integration.router_harness import WAIT_S, Harness, error_detail, running_router
 from tests.integration.scripted_worker import SECRET, ScriptedWorker
 

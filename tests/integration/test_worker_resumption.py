@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -242,11 +243,8 @@ def test_an_attempt_is_that_of_the_router_that_asked_for_it(nodes) -> None:
     key = request_key("counted alike")
     gate = StepGate(prefill.engine)
     with (
-        session(prefill) as to_prefill,
-        session(decode) as to_decode,
-        session(prefill, "other") as other_prefill,
-        session(decode, "other") as other_decode,
         session(alone) as to_alone,
+        two_routers(prefill, decode) as (to_prefill, to_decode, other_prefill, other_decode),
     ):
         whole = generate_locally(to_alone, key, work)
         lease = hand_over(to_prefill, to_decode, key, work)
@@ -264,6 +262,18 @@ def test_an_attempt_is_that_of_the_router_that_asked_for_it(nodes) -> None:
         gate.open()
         answer = to_decode.answer(key)
         assert [choice.token_ids for choice in answer] == [choice.token_ids for choice in whole]
+
+
+@contextmanager
+def two_routers(prefill: WorkerNode, decode: WorkerNode) -> Iterator[tuple[SessionClient, ...]]:
+    """Two streams of one router and two of another, after which the workers hold nothing."""
+    with (
+        session(prefill) as to_prefill,
+        session(decode) as to_decode,
+        session(prefill, "other") as other_prefill,
+        session(decode, "other") as other_decode,
+    ):
+        yield to_prefill, to_decode, other_prefill, other_decode
     assert_nothing_held(prefill, decode)
 
 
@@ -276,12 +286,7 @@ def test_the_router_of_a_prompt_is_told_that_another_one_goes_on_with_it(nodes) 
     work = task(random_prompt(14, 300), max_tokens=5)
     first, second = request_key("gone on with"), request_key("gone on with", attempt=2)
     gate = StepGate(prefill.engine)
-    with (
-        session(prefill) as to_prefill,
-        session(decode) as to_decode,
-        session(prefill, "other") as other_prefill,
-        session(decode, "other") as other_decode,
-    ):
+    with two_routers(prefill, decode) as (to_prefill, to_decode, other_prefill, other_decode):
         hand_over(to_prefill, to_decode, first, work)
         gate.allow(1)
         gate.wait_until_held()
@@ -289,7 +294,6 @@ def test_the_router_of_a_prompt_is_told_that_another_one_goes_on_with_it(nodes) 
         assert to_prefill.failed(first).cause == to_decode.failed(first).cause == "TAKEN_OVER"
         gate.open()
         other_decode.answer(second)
-    assert_nothing_held(prefill, decode)
 
 
 def test_a_resumed_answer_that_is_too_long_or_of_other_choices_is_refused(clients) -> None:
